@@ -1,0 +1,33 @@
+"""MLA decode for sm_90a: planner, split-KV decode, merge. Importing this needs neither the DSL nor a GPU."""
+
+from ..jit import Program, compiled
+from .config import PAGE_SIZES, CombineConfig, DecodeConfig, PlanConfig
+
+
+@compiled
+def plan_kernel(config: PlanConfig) -> Program:
+    from .plan import program
+
+    return program(config)
+
+
+@compiled
+def decode_kernel(config: DecodeConfig) -> Program:
+    from .decode import program
+
+    return program(config)
+
+
+@compiled
+def combine_kernel(config: CombineConfig) -> Program:
+    from .combine import program
+
+    return program(config)
+
+
+def variants():
+    """Every kernel of this family, as (compiled function, config)."""
+    dtypes = ("bf16", "f16")
+    yield plan_kernel, PlanConfig()
+    yield from ((decode_kernel, DecodeConfig(dtype, page)) for dtype in dtypes for page in PAGE_SIZES)
+    yield from ((combine_kernel, CombineConfig(dtype, warps)) for dtype in dtypes for warps in (1, 4))

@@ -1,0 +1,143 @@
+"""Split-KV planner on the device: which blocks of which sequences each partition works on.
+
+The cost of a piece is its blocks plus VISIT_COST. A partition is filled in request order up to W; the planner takes the
+smallest W with which the partitions suffice. ref/mla_plan.py is the same in plain Python, bit for bit.
+
+One warp: every lane tries one W, lane 0 then writes the plan. Serial over sequences and partitions, once per decode step.
+"""
+
+from dataclasses import dataclass
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, const_expr
+
+from ..jit import Program
+from ..sm90.args import fake_args, param_kinds
+from ..sm90.gmem import load_i32, store_i32
+from .config import PLAN_THREADS, VISIT_COST, PlanConfig
+from .work import num_blocks
+
+
+@dataclass(frozen=True)
+class PlanArgs:
+    """Kernel parameters in launch order."""
+
+    cache_seqlens: cute.Pointer  # int32 (b,)
+    plan: cute.Pointer  # int32 (partitions, 8)
+    num_splits: cute.Pointer  # int32 (b + 1,)
+    batch: Int32
+    partitions: Int32
+    min_piece: Int32  # blocks
+    split_blocks: Int32
+
+
+class MlaPlan:
+    def __init__(self, config: PlanConfig):
+        pass
+
+    @cute.jit
+    def __call__(self, args: PlanArgs, stream: cuda.CUstream):
+        self.kernel(args).launch(grid=(1, 1, 1), block=(PLAN_THREADS, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True)
+
+    @cute.kernel
+    def kernel(self, a: PlanArgs):
+        lane, _, _ = cute.arch.thread_idx()
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        cost = Int32(0)
+        for i in cutlass.range(lane, a.batch, 32, unroll=1):
+            blocks = num_blocks(load_i32(a.cache_seqlens, i))
+            units = Int32(1)
+            if a.split_blocks > 0:
+                units = (blocks + a.split_blocks - 1) // a.split_blocks
+            cost += blocks + units * VISIT_COST
+        cost = cute.arch.warp_redux_sync(cost, "add")
+        start = (cost + a.partitions - 1) // a.partitions
+        least = VISIT_COST + (a.split_blocks if a.split_blocks > 0 else a.min_piece)
+        start = start if start > least else least
+        width = Int32(-1)
+        while width < 0:
+            fits = self.fill(False, a, start + lane) <= a.partitions
+            ballot = cute.arch.vote_ballot_sync(fits)
+            if ballot != 0:
+                width = start + Int32(cute.arch.clz(cute.arch.brev(ballot)))  # the first lane that fits
+            start += 32
+        if lane == 0:
+            used = self.fill(True, a, width)
+            for part in cutlass.range(used, a.partitions, unroll=1):
+                for i in cutlass.range_constexpr(8):
+                    store_i32(a.plan, part * 8 + i, a.batch if const_expr(i in (0, 2)) else Int32(0))
+
+    @cute.jit
+    def fill(self, write: cutlass.Constexpr[bool], a: PlanArgs, width: Int32):
+        """Partitions needed when each may cost `width`; writes records and slots if asked to."""
+        part, credit, slots = Int32(0), width, Int32(0)
+        if const_expr(write):
+            self.begin(a, part, Int32(0), Int32(0), Int32(0))
+            store_i32(a.num_splits, 0, slots)
+        for req in cutlass.range(a.batch, unroll=1):
+            blocks = num_blocks(load_i32(a.cache_seqlens, req))
+            done, pieces = Int32(0), Int32(0)
+            while done < blocks:
+                rest = blocks - done
+                if a.split_blocks == 0:
+                    if rest + VISIT_COST <= credit:
+                        credit -= rest + VISIT_COST
+                        done += rest
+                        pieces += 1
+                    else:
+                        if credit - VISIT_COST >= a.min_piece:
+                            done += credit - VISIT_COST
+                            pieces += 1
+                        credit = Int32(0)
+                else:
+                    unit = a.split_blocks + VISIT_COST
+                    full = (rest - 1) // a.split_blocks  # whole units before the last one
+                    take = credit // unit
+                    take = take if take < full else full
+                    done += take * a.split_blocks
+                    pieces += take
+                    credit -= take * unit
+                    if take < full:
+                        credit = Int32(0)
+                    else:
+                        if blocks - done + VISIT_COST <= credit:
+                            credit -= blocks - done + VISIT_COST
+                            done = blocks
+                            pieces += 1
+                        else:
+                            credit = Int32(0)
+                if done < blocks:  # the partition is full
+                    if const_expr(write):
+                        self.end(a, part, req, done)
+                        self.begin(a, part + 1, req, done, pieces)
+                    part += 1
+                    credit = width
+            if const_expr(write):
+                slots += pieces if pieces > 1 else Int32(0)
+                store_i32(a.num_splits, req + 1, slots)
+        if const_expr(write):
+            self.end(a, part, a.batch, Int32(0))
+        return part + 1
+
+    def begin(self, a, part, req, block, split):
+        for field, value in ((0, req), (1, block), (4, split), (5, Int32(0)), (6, Int32(0)), (7, Int32(0))):
+            store_i32(a.plan, part * 8 + field, value)
+
+    def end(self, a, part, req, block):
+        store_i32(a.plan, part * 8 + 2, req)
+        store_i32(a.plan, part * 8 + 3, block)
+
+
+def program(config: PlanConfig) -> Program:
+    """The host function and the fake arguments that compile the planner."""
+    return Program(
+        host=MlaPlan(config),
+        args=(fake_args(PlanArgs), cuda.CUstream(0)),
+        threads=PLAN_THREADS,
+        smem_bytes=0,
+        params=param_kinds(PlanArgs),
+        pdl=True,
+    )

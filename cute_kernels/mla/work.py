@@ -1,0 +1,109 @@
+"""What a CTA works on: the planner's records turned into pieces, the same iteration for every role of a kernel."""
+
+from dataclasses import dataclass
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64
+
+from ..sm90.gmem import load_i32
+from .config import BLOCK, TILE_M
+
+
+@dataclass(frozen=True)
+class DecodeArgs:
+    """Kernel parameters behind the K tensor map, in launch order. Pointers are global; strides count elements."""
+
+    q: cute.Pointer  # (b, s_q, h_q, 576), or (total_q, h_q, 576) with cu_seqlens_q
+    q_stride_b: Int64
+    q_stride_s: Int64
+    q_stride_h: Int64
+    block_table: cute.Pointer  # int32 (b, max_pages); entries at or past ceil(len / page) are never read
+    block_table_stride: Int64
+    cache_seqlens: cute.Pointer  # int32 (b,)
+    cu_seqlens_q: cute.Pointer  # int32 (b + 1,), read only if ragged != 0
+    plan: cute.Pointer  # int32 (partitions, 8)
+    num_splits: cute.Pointer  # int32 (b + 1,): first partial slot of each sequence
+    attn_sink: cute.Pointer  # float32 (h_q,), read only if has_sink != 0
+    out: cute.Pointer  # (b, s_q, h_q, 512) or (total_q, h_q, 512)
+    lse: cute.Pointer  # float32 (b, h_q, s_q) or (h_q, total_q)
+    partial_out: cute.Pointer  # float32 (slots, h_q * s_q, 512): each piece already divided by its own sum
+    partial_lse: cute.Pointer  # float32 (slots, h_q * s_q), base 2; -inf for a piece without visible keys
+    s_q: Int32  # tokens per sequence; with cu_seqlens_q their upper bound
+    heads_per_kv: Int32
+    h_q: Int32
+    total_q: Int32
+    ragged: Int32
+    causal: Int32
+    has_sink: Int32
+    split_blocks: Int32  # 0, or cut every sequence each split_blocks blocks (batch-invariant mode)
+    scale_log2: Float32  # softmax_scale * log2(e)
+    empty_lse: Float32  # what lse becomes where nothing is visible
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One piece of one sequence as one row tile sees it. Blocks run from `first` up to, not including, `end`."""
+
+    seqlen: Int32
+    stop: Int32  # where the piece ends for every tile; `end` may lie before it under the causal mask
+    first: Int32
+    end: Int32
+    n: Int32  # end - first, or 0 if the tile has no row or sees no key here
+    token0: Int32  # index of the sequence's first token
+    s_q: Int32  # tokens of this sequence
+    min_visible: Int32  # visible keys of the tile's first row: columns at or past it need a mask
+
+
+@cute.jit
+def num_blocks(seqlen: Int32):
+    """Blocks of a sequence; an empty one counts as one, so that somebody writes its zero rows."""
+    blocks = (seqlen + (BLOCK - 1)) // BLOCK
+    return blocks if blocks > 1 else Int32(1)
+
+
+@cute.jit
+def visible_keys(a: DecodeArgs, seqlen: Int32, s_q: Int32, row: Int32):
+    """Keys that packed row `row` may attend to (bottom-right aligned causal mask)."""
+    hidden = (s_q - 1 - row // a.heads_per_kv) * a.causal
+    keys = seqlen - hidden
+    return keys if keys > 0 else Int32(0)
+
+
+@cute.jit
+def get_piece(a: DecodeArgs, tile: Int32, req: Int32, block: Int32, end_req: Int32, end_block: Int32):
+    """The piece that starts at (req, block) in a partition that ends before (end_req, end_block)."""
+    seqlen = load_i32(a.cache_seqlens, req)
+    token0 = req * a.s_q
+    s_q = a.s_q
+    if a.ragged != 0:
+        token0 = load_i32(a.cu_seqlens_q, req)
+        s_q = load_i32(a.cu_seqlens_q, req + 1) - token0
+    stop = num_blocks(seqlen)
+    if req == end_req:
+        stop = end_block
+    if a.split_blocks > 0:
+        stop = stop if stop < block + a.split_blocks else block + a.split_blocks
+    rows = s_q * a.heads_per_kv
+    row0 = tile * TILE_M
+    last = row0 + (TILE_M - 1) if row0 + (TILE_M - 1) < rows else rows - 1
+    end = Int32(0)
+    min_visible = Int32(0)
+    if row0 < rows:
+        end = (visible_keys(a, seqlen, s_q, last) + (BLOCK - 1)) // BLOCK
+        min_visible = visible_keys(a, seqlen, s_q, row0)
+    end = end if end < stop else stop
+    n = end - block if end > block else Int32(0)
+    return Piece(seqlen, stop, block, end, n, token0, s_q, min_visible)
+
+
+@cute.jit
+def next_position(piece: Piece, req: Int32, split: Int32):
+    """(req, block, split) after a piece: the next cut of the same sequence, or the start of the next one."""
+    next_req, block, next_split = req, piece.stop, split + 1
+    if piece.stop >= num_blocks(piece.seqlen):
+        next_req, block, next_split = req + 1, Int32(0), Int32(0)
+    return next_req, block, next_split
+
+
+def not_done(req, block, end_req, end_block):
+    return (req < end_req) | ((req == end_req) & (block < end_block))

@@ -1,0 +1,54 @@
+"""Single PTX instructions the DSL has no typed form for, or whose typed form hides what the kernels rely on."""
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+
+
+def cp_async_16(smem_addr, gmem_addr, src_bytes):
+    """cp.async of 16 bytes past L1; src_bytes 0 writes zeros and reads nothing. Addresses are Int32 (shared) and Int64."""
+    cute.arch.inline_ptx(
+        "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};", read_only_args=[smem_addr, gmem_addr, src_bytes]
+    )
+
+
+def cp_async_wait_all():
+    cute.arch.inline_ptx("cp.async.wait_all;")
+
+
+def st_shared_zero16(smem_addr):
+    cute.arch.inline_ptx("st.shared.v4.b32 [{$r0}], {{$r1}, {$r1}, {$r1}, {$r1}};", read_only_args=[smem_addr, Int32(0)])
+
+
+def st_global_v4(gmem_addr, a, b, c, d):
+    """16-byte store of four 32-bit registers."""
+    cute.arch.inline_ptx(
+        "st.global.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[gmem_addr, a, b, c, d]
+    )
+
+
+def st_global_v2_f32(gmem_addr, a, b):
+    cute.arch.inline_ptx("st.global.v2.f32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[gmem_addr, a, b])
+
+
+def st_global_v2(gmem_addr, a, b):
+    """8-byte store of two 32-bit registers."""
+    cute.arch.inline_ptx("st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[gmem_addr, a, b])
+
+
+def ld_global_v4_f32(gmem_addr):
+    """16-byte load of four floats, coherent (written earlier by another kernel that may still be in the same graph)."""
+    return cute.arch.inline_ptx(
+        "ld.global.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Float32, Float32, Float32, Float32],
+        read_only_args=[gmem_addr],
+    )
+
+
+def pin_registers(frag32):
+    """Route 32-bit registers through a volatile mov.
+
+    LLVM sinks the conversions that produce a wgmma A operand past the fence; ptxas then splits the group and serialises it
+    (note C7519). A volatile mov right before the fence keeps the producers above it.
+    """
+    for j in range(cute.size(frag32)):
+        frag32[j] = cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[frag32[j]])

@@ -1,0 +1,227 @@
+"""CUDA bodies of the MLA ops: choose the variant, find the workspace, launch. Arguments were checked by ops/mla.py or are here.
+
+Host time is part of the product (a decode step calls this once per layer), so everything that depends on shapes alone is
+looked up, not computed: loaded kernels per device and tensor maps per cache address.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cutehop.cute_kernels import mla
+from cutehop.cute_kernels.jit import Kernel, tensor_map
+from cutehop.cute_kernels.mla import config as cfg
+
+_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+_LOG2E = math.log2(math.e)
+
+
+class _Decode(NamedTuple):
+    decode: Kernel
+    combine_few: Kernel  # four warps per row
+    combine_many: Kernel  # one warp per row
+
+
+_decode_kernels: dict[tuple[int, torch.dtype, int], _Decode] = {}
+_workspaces: dict[tuple[int, int], Tensor] = {}
+
+
+def plan(
+    cache_seqlens: Tensor,
+    s_q: int,
+    h_q: int,
+    h_kv: int = 1,
+    num_sms: int = 132,
+    split_tokens: int = 0,
+    *,
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+) -> None:
+    """Body of cutehop::mla_plan."""
+    device = cache_seqlens.get_device()
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return plan(
+                cache_seqlens, s_q, h_q, h_kv, num_sms, split_tokens,
+                tile_scheduler_metadata=tile_scheduler_metadata, num_splits=num_splits,
+            )  # fmt: skip
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    mla.plan_kernel(cfg.PlanConfig(), stream).launch(
+        (1, 1, 1),
+        stream,
+        cache_seqlens.data_ptr(),
+        tile_scheduler_metadata.data_ptr(),
+        num_splits.data_ptr(),
+        cache_seqlens.shape[0],
+        tile_scheduler_metadata.shape[0],
+        cfg.min_piece(s_q * (h_q // h_kv)),
+        split_tokens // cfg.BLOCK,
+    )
+
+
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+    *,
+    softmax_scale: float,
+    causal: bool = False,
+    attn_sink: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    split_tokens: int = 0,
+    empty_lse_neg_inf: bool = False,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Body of cutehop::mla_decode: fills out and lse. A q whose strides TMA-sized copies cannot read is made contiguous."""
+    device = q.get_device()
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return decode(
+                q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, softmax_scale=softmax_scale,
+                causal=causal, attn_sink=attn_sink, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
+                split_tokens=split_tokens, empty_lse_neg_inf=empty_lse_neg_inf, out=out, lse=lse,
+            )  # fmt: skip
+    b = cache_seqlens.shape[0]
+    if b == 0 or out.numel() == 0:
+        return
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    dtype = q.dtype
+    num_pages, page, h_kv, _ = k_cache.shape
+    kernels = _decode_kernels.get((device, dtype, page)) or _load(device, dtype, page, stream)
+
+    ragged = cu_seqlens_q is not None
+    q_strides = q.stride()
+    if any(stride % 8 for stride in q_strides[:-1]) or q.data_ptr() % 16:
+        q = q.contiguous()
+        q_strides = q.stride()
+    if ragged:
+        total_q, h_q, s_q = q.shape[0], q.shape[1], max_seqlen_q
+        q_stride_b = 0
+        q_stride_s, q_stride_h, _ = q_strides
+    else:
+        _, s_q, h_q, _ = q.shape
+        total_q = b * s_q
+        q_stride_b, q_stride_s, q_stride_h, _ = q_strides
+
+    heads_per_kv = h_q // h_kv
+    partitions = tile_scheduler_metadata.shape[0]
+    rows = h_q * s_q
+    slots = _max_slots(b, partitions, block_table.shape[1] * page, split_tokens)
+    partial_out, partial_lse = _workspace(device, stream, slots * rows) if slots else (0, 0)
+    cu_ptr = cu_seqlens_q.data_ptr() if cu_seqlens_q is not None else 0
+    sink_ptr = attn_sink.data_ptr() if attn_sink is not None else 0
+    empty_lse = -math.inf if empty_lse_neg_inf else math.inf
+    num_splits_ptr, out_ptr, lse_ptr = num_splits.data_ptr(), out.data_ptr(), lse.data_ptr()
+
+    kernels.decode.launch(
+        (cfg.row_tiles(s_q, heads_per_kv), h_kv, partitions),
+        stream,
+        _k_map(k_cache),
+        q.data_ptr(),
+        q_stride_b,
+        q_stride_s,
+        q_stride_h,
+        block_table.data_ptr(),
+        block_table.stride(0),
+        cache_seqlens.data_ptr(),
+        cu_ptr,
+        tile_scheduler_metadata.data_ptr(),
+        num_splits_ptr,
+        sink_ptr,
+        out_ptr,
+        lse_ptr,
+        partial_out,
+        partial_lse,
+        s_q,
+        heads_per_kv,
+        h_q,
+        total_q,
+        ragged,
+        causal,
+        attn_sink is not None,
+        split_tokens // cfg.BLOCK,
+        softmax_scale * _LOG2E,
+        empty_lse,
+    )
+    if slots:
+        warps_per_row = cfg.combine_warps_per_row(rows, b)
+        kernel = kernels.combine_few if warps_per_row == 4 else kernels.combine_many
+        kernel.launch(
+            (-(-rows * warps_per_row // (cfg.COMBINE_THREADS // 32)), b, 1),
+            stream,
+            num_splits_ptr,
+            cu_ptr,
+            sink_ptr,
+            out_ptr,
+            lse_ptr,
+            partial_out,
+            partial_lse,
+            s_q,
+            heads_per_kv,
+            h_q,
+            total_q,
+            ragged,
+            attn_sink is not None,
+            empty_lse,
+        )
+
+
+def _load(device: int, dtype: torch.dtype, page: int, stream: int) -> _Decode:
+    name = _DTYPE_NAMES[dtype]
+    kernels = _Decode(
+        mla.decode_kernel(cfg.DecodeConfig(name, page), stream),
+        mla.combine_kernel(cfg.CombineConfig(name, 4), stream),
+        mla.combine_kernel(cfg.CombineConfig(name, 1), stream),
+    )
+    _decode_kernels[device, dtype, page] = kernels
+    return kernels
+
+
+def _k_map(k_cache: Tensor):
+    num_pages, page, h_kv, head_dim = k_cache.shape
+    stride_page, stride_row, stride_head, _ = k_cache.stride()
+    if h_kv == 1:
+        stride_head = stride_row  # an extent of 1 may carry any stride, which the encoder would refuse
+    return tensor_map(
+        k_cache.data_ptr(),
+        _DTYPE_NAMES[k_cache.dtype],
+        (head_dim, page, h_kv, num_pages),
+        (stride_row * 2, stride_head * 2, stride_page * 2),
+        (64, min(page, cfg.BLOCK), 1, 1),
+    )
+
+
+def _max_slots(batch: int, partitions: int, max_tokens: int, split_tokens: int) -> int:
+    """Most partial results a plan can ask for: every cut between partitions adds a piece to a sequence that is split."""
+    if split_tokens:
+        return batch * -(-max_tokens // split_tokens)
+    cuts = partitions - 1
+    return cuts + min(cuts, batch)
+
+
+def _workspace(device: int, stream: int, slot_rows: int) -> tuple[int, int]:
+    """Addresses of the partial outputs and partial lse.
+
+    Calls on one stream run one after the other and share a workspace that only grows; a capture gets memory of its own
+    from the graph's pool, because its replays may run on any stream.
+    """
+    floats = slot_rows * (cfg.HEAD_DIM_V + 1)
+    if torch.cuda.is_current_stream_capturing():
+        buffer = torch.empty(floats, dtype=torch.float32, device=torch.device("cuda", device))
+    else:
+        cached = _workspaces.get((device, stream))
+        if cached is None or cached.numel() < floats:
+            cached = torch.empty(floats, dtype=torch.float32, device=torch.device("cuda", device))
+            _workspaces[device, stream] = cached
+        buffer = cached
+    address = buffer.data_ptr()
+    return address, address + slot_rows * cfg.HEAD_DIM_V * 4

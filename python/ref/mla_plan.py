@@ -1,0 +1,111 @@
+"""Split-KV planner of MLA decode: which CTAs read which blocks of which request. The device's planner is bit-equal.
+
+A block is 64 cached tokens. The work of a batch is dealt to P partitions; a partition is executed by one CTA per row
+tile and kv head, so P * row tiles * kv heads fills the GPU once. A partition walks the requests in order and pays, for
+every piece it reads, the piece's blocks plus VISIT_COST (starting a piece and writing its result). All partitions get
+the same credit W, the smallest with which P partitions suffice: the slowest partition decides how long a call takes.
+
+    split_tokens == 0     a request is cut wherever a partition's credit ends
+    split_tokens == 64*S  a request is cut every S blocks whatever else is in the batch, so that the order in which its
+                          partial results are added depends on the request alone
+
+Source of behaviour: the greedy of FlashMLA's planner, with a searched credit instead of an upper bound for it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # tokens
+VISIT_COST = 4  # blocks; mirrored in cute_kernels/mla/config.py, which imports no torch
+ROW_TILE = 64  # rows (query token, query head) of one CTA
+METADATA_COLUMNS = 8  # a Record, then 0, 0, 0
+
+Record = tuple[int, int, int, int, int]  # begin_req, begin_block, end_req, end_block, begin_split
+
+
+def num_partitions(s_q: int, h_q: int, h_kv: int, num_sms: int) -> int:
+    """Partitions P of a call: as many as keep one CTA per SM, at least 1."""
+    row_tiles = -(-s_q * (h_q // h_kv) // ROW_TILE)
+    return max(num_sms // (h_kv * row_tiles), 1)
+
+
+def min_piece(rows: int) -> int:
+    """Fewest blocks worth cutting off at the end of a partition. rows: query rows of one sequence and kv head."""
+    return 1 if rows <= ROW_TILE else 2
+
+
+def _fill(blocks: list[int], credit_per_partition: int, shortest: int, longest: int) -> tuple[list[Record], list[int]]:
+    """Deal `blocks` to partitions of equal credit in pieces of shortest..longest blocks; only a rest may be shorter.
+
+    Positions are (request, block, index of the piece); a finished request is (request + 1, 0, 0).
+    """
+    records: list[Record] = []
+    pieces = []
+    begin, credit = (0, 0, 0), credit_per_partition
+    for request, total in enumerate(blocks):
+        done = split = 0
+        while done < total:
+            wanted = min(longest, total - done)
+            taken = min(wanted, credit - VISIT_COST)
+            if taken == wanted or taken >= shortest:
+                done, split, credit = done + taken, split + 1, credit - VISIT_COST - taken
+            if taken < wanted:
+                records.append((begin[0], begin[1], request, done, begin[2]))
+                begin, credit = (request, done, split), credit_per_partition
+        pieces.append(split)
+    if blocks:
+        records.append((begin[0], begin[1], len(blocks), 0, begin[2]))
+    return records, pieces
+
+
+def schedule(
+    lengths: list[int], partitions: int, rows: int, split_tokens: int = 0
+) -> tuple[int, list[Record], list[int]]:
+    """The plan as Python values: (W, one record per used partition, pieces per request).
+
+    A partition reads from its record's begin position up to the end position, which is exclusive; begin_split is the
+    index of its first piece within that piece's request.
+    lengths: cached tokens per request.  rows: query rows of one request and kv head, s_q * h_q / h_kv.
+    """
+    blocks = [max(-(-length // BLOCK), 1) for length in lengths]  # an empty request is visited too: it writes its zeros
+    shortest, longest = min_piece(rows), max(blocks, default=1)
+    if split_tokens:
+        shortest = longest = split_tokens // BLOCK
+    visits = sum(-(-n // longest) for n in blocks)
+    credit = max(-(-(sum(blocks) + VISIT_COST * visits) // partitions), VISIT_COST + shortest)
+    # Linear, because the number of partitions need not fall monotonically with the credit. It takes few steps: a closed
+    # partition leaves less than VISIT_COST + shortest of its credit unused.
+    while len((plan := _fill(blocks, credit, shortest, longest))[0]) > partitions:
+        credit += 1
+    return credit, *plan
+
+
+def plan_tensors(lengths: list[int], partitions: int, rows: int, split_tokens: int = 0) -> tuple[Tensor, Tensor]:
+    """`schedule` as the two tensors of `mla_plan`, on the CPU."""
+    _, records, pieces = schedule(lengths, partitions, rows, split_tokens)
+    metadata = torch.zeros((partitions, METADATA_COLUMNS), dtype=torch.int32)
+    metadata[:, 0] = metadata[:, 2] = len(lengths)
+    if records:
+        metadata[: len(records), :5] = torch.tensor(records, dtype=torch.int32)
+    slots = torch.tensor([0] + [n if n > 1 else 0 for n in pieces], dtype=torch.int32)
+    return metadata, slots.cumsum(0, dtype=torch.int32)
+
+
+def mla_plan(
+    cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int = 1, num_sms: int = 132, split_tokens: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Plan of one decode call as the tensors that `mla_decode` takes, on the device of cache_seqlens.
+
+    cache_seqlens: int32 (b,), cached tokens per sequence.
+    s_q: query tokens per sequence (the bound max_seqlen_q when ragged).  h_q, h_kv: query and kv heads.
+    num_sms: SMs the call may fill.  split_tokens: 0 or the fixed piece length in tokens, a multiple of 64.
+
+    Returns (tile_scheduler_metadata int32 (P, 8): a record per partition, then 0, 0, 0; unused partitions begin and end
+    at (b, 0); num_splits int32 (b + 1,): exclusive prefix sum of partial-result slots, where a request in one piece
+    needs none and one in n >= 2 pieces needs n).
+    """
+    partitions = num_partitions(s_q, h_q, h_kv, num_sms)
+    metadata, num_splits = plan_tensors(cache_seqlens.tolist(), partitions, s_q * (h_q // h_kv), split_tokens)
+    return metadata.to(cache_seqlens.device), num_splits.to(cache_seqlens.device)
