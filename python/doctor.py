@@ -1,7 +1,7 @@
 """`python -m cutehop.doctor [--json]`: what this machine offers cutehop, what is wrong with it, and the cure.
 
-Exit code 1 only if something that cutehop needs here is broken. A machine without a GPU is not broken: the ops run their
-CPU reference. The file imports nothing of cutehop, so that `python doctor.py` works where torch does not import.
+Exit code 1 only if something that cutehop needs here is broken. A machine without a GPU is not broken: the ops run
+their CPU reference. The file imports nothing of cutehop, so that `python doctor.py` works where torch does not import.
 
 `gather()` asks the machine; `diagnose(facts)` is a pure function of what it found.
 """
@@ -59,7 +59,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Finding:
-    """level: ok, note (worth knowing), warn (something will not work or not well), broken (cutehop cannot work here)."""
+    """level: ok, note (worth knowing), warn (a part works badly or not at all), broken (cutehop cannot work here)."""
 
     level: str
     subject: str
@@ -82,7 +82,10 @@ def _gpu(facts: Facts) -> Iterator[Finding]:
         yield Finding("note", "GPU", "none; the ops run their CPU reference, kernels can be compiled but not run")
         return
     names = ", ".join(f"{name} (SM{capability.replace('.', '')})" for name, capability in facts.gpus)
-    if any(capability == "9.0" for _, capability in facts.gpus):
+    if facts.driver_cuda is None:
+        cure = "start the container with the driver's compute libraries (NVIDIA_DRIVER_CAPABILITIES=compute,utility)"
+        yield Finding("broken", "GPU", f"{names}, but libcuda.so.1 does not load", cure)
+    elif any(capability == "9.0" for _, capability in facts.gpus):
         yield Finding("ok", "GPU", f"{names}; driver {facts.driver}, CUDA up to {facts.driver_cuda}")
     else:
         yield Finding("warn", "GPU", f"{names}; the kernels are built for SM90", "run on an H100, H200 or H20")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cutehop.ops._mla_checks import output_shapes, sm_count, validate_values
+from cutehop.ops._mla_checks import count_sms, output_shapes, validate_values
 from cutehop.ref.mla import HEAD_DIM, HEAD_DIM_V
 
 
@@ -39,7 +39,7 @@ def get_mla_metadata(
             f"get_mla_metadata: num_q_tokens_per_head_k {num_q_tokens_per_head_k}, a multiple of num_heads_q / "
             f"num_heads_k = {num_heads_q} / {num_heads_k}; pass s_q * h_q // h_kv"
         )
-    sms = sm_count(cache_seqlens.device) if num_sms is None else num_sms
+    sms = count_sms(cache_seqlens.device) if num_sms is None else num_sms
     # The planner only needs the number of rows per kv head, so each row may pass for a query token with one head.
     return torch.ops.cutehop.mla_plan(
         cache_seqlens, num_q_tokens_per_head_k, num_heads_k, num_heads_k, sms, split_tokens

@@ -11,7 +11,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,11 @@ class MlaCase:
     score_scale: float = 1.0  # multiplies q: 3000 makes scores around 1e3
     empty_lse_neg_inf: bool = False
     seed: int = 0
+
+    def __str__(self) -> str:
+        """What differs from the defaults: a test id."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return "-".join(f"{name}={value}".replace(" ", "").replace("torch.", "") for name, value in changed.items())
 
     def drawn_lengths(self) -> list[int]:
         """Cached tokens per sequence; varlen as in FlashMLA's tests, with Python's generator."""

@@ -76,7 +76,7 @@ def faults(source: str, name: str, is_package: bool) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "is_package", "path"), modules(), ids=lambda value: value if isinstance(value, str) else ""
+    ("name", "is_package", "path"), list(modules()), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_imports_point_down(name, is_package, path):
     assert layer(name) in MAY_IMPORT, f"{name}: say in MAY_IMPORT what this layer may import"

@@ -93,7 +93,7 @@ install() {
     say "the package index did not serve everything: going on with the packages that are installed"
     complete=no
     "${pip[@]}" --quiet --no-index --no-build-isolation --no-deps -e . ||
-        die "setuptools is missing or too old (61 or newer is needed) and could not be installed"
+        die "cutehop was not built: it needs setuptools 70.1, or 61 with wheel, and they could not be installed"
     has torch || die "torch is not installed and could not be; give this machine a network or a torch, then run this again"
 }
 
@@ -112,29 +112,30 @@ set_up() {
     [[ $complete == no ]] || echo "$want" >"$venv/cutehop-stamp"
 }
 
-# step NAME MODULE ARGS...: runs a check, or says that it cannot where the installation is incomplete.
+# step NAME PACKAGE COMMAND...: runs a check, or says that it cannot where the installation is incomplete.
 step() {
-    local name=$1 module=$2
+    local name=$1 package=$2
     shift 2
-    if [[ $complete == no ]] && ! has "${module%%.*}"; then
-        say "$name: skipped, $module is not installed"
+    if [[ $complete == no ]] && ! has "$package"; then
+        say "$name: skipped, $package is not installed"
+        skipped+=("$name")
         return
     fi
     say "$name"
-    "$venv/bin/python" -m "$module" "$@" || failed+=("$name")
+    "$venv/bin/python" -m "$@" || failed+=("$name")
 }
 
 run_tests() {
-    local selection=(-m "not gpu and not dist") failed=()
+    local selection=(-m "not gpu and not dist") failed=() skipped=()
     if "$venv/bin/python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
         selection=()
     fi
-    step "ruff check" ruff check .
-    step "ruff format" ruff format --check .
-    step "mypy" tools.typecheck
-    step "pytest" pytest "${selection[@]}" "$@"
+    step "ruff check" ruff ruff check .
+    step "ruff format" ruff ruff format --check .
+    step "mypy" mypy tools.typecheck
+    step "pytest" pytest pytest "${selection[@]}" "$@"
     ((${#failed[@]} == 0)) || die "failed: ${failed[*]}"
-    say "all checks passed"
+    say "all checks passed${skipped[*]:+, but these could not run: ${skipped[*]}}"
 }
 
 set_up

@@ -13,7 +13,7 @@ from cutehop.cute_kernels.errors import CompileInCaptureError
 from cutehop.cute_kernels.jit import compiler, driver
 from cutehop.cute_kernels.jit.bundle import Bundle, Program
 from cutehop.cute_kernels.jit.module import Kernel
-from cutehop.cute_kernels.jit.store import open_store
+from cutehop.cute_kernels.jit.store import open_store, own_source_hash
 
 Config = TypeVar("Config")
 
@@ -95,4 +95,5 @@ def compiled(build: Callable[[Config], Program]) -> Compiled[Config]:
     The function lives in one of the package's three source roots (they are hashed for the disk cache), depends on
     nothing but its config, and imports cutlass in its body, which runs only when the kernel has to be compiled.
     """
+    own_source_hash()  # now, before device code is imported: what is edited from here on is noticed, and not stored
     return Compiled(build)

@@ -83,8 +83,10 @@ def _text(ptx: Any) -> str:
 
 def _ptxas_log(stderr: str, name: str) -> str:
     """The lines of `ptxas -v`, less the ones that differ between two runs: source paths and the compile time."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", stderr).replace("remark[ptxas info]: ptxas output: ", "")
-    lines = [line for line in plain.splitlines() if line.startswith("ptxas") and "Compile time" not in line]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", stderr)
+    plain = re.sub(r"(?m)^\w+\[ptxas[^]]*\]: (ptxas output: )?", "", plain)
+    lines = [line.strip() for line in plain.splitlines()]
+    lines = [line for line in lines if line.startswith("ptxas") and "Compile time" not in line]
     assert any("registers" in line for line in lines), f"{name}: cute.compile printed no ptxas log:\n{plain}"
     return "\n".join(lines) + "\n"
 

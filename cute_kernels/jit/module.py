@@ -1,4 +1,4 @@
-"""Bundle -> loaded kernel -> launch. Host time of a launch with 25 parameters: see tools/bench/host_launch.py."""
+"""Bundle -> loaded kernel -> launch. `python -m tools.bench.host_launch` measures the host time of a launch."""
 
 from __future__ import annotations
 

@@ -50,13 +50,14 @@ def source_hash(roots: dict[str, Path]) -> str:
 
 
 @functools.cache
-def _own_source_hash() -> str:
+def own_source_hash() -> str:
+    """The hash when it was first asked for: before any kernel's code is imported, since `compiled` asks."""
     return source_hash(source_roots())
 
 
 def sources_changed() -> bool:
-    """Whether a source file was edited, added or removed since this process first took the hash."""
-    return source_hash(source_roots()) != _own_source_hash()
+    """Whether a source file was edited, added or removed since this process took the hash."""
+    return source_hash(source_roots()) != own_source_hash()
 
 
 @functools.cache
@@ -77,7 +78,7 @@ def open_store() -> Store | None:
     if os.environ.get("CUTEHOP_CACHE") == "0":
         return None
     root = os.environ.get("CUTEHOP_CACHE_DIR") or Path.home() / ".cache" / "cutehop"
-    return Store(Path(root), _own_source_hash(), dsl_version())
+    return Store(Path(root), own_source_hash(), dsl_version())
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Store:
             return  # this process may have compiled the old code, and the hash may be that of the new, or the reverse
         path = self.path(name, config)
         assert path is not None
-        new = path.with_name(f".new-{os.getpid()}-{path.name}")
+        new = path.with_suffix(f".{os.getpid()}.new")
         try:
             new.write_bytes(bundle.to_bytes())
             os.replace(new, path)

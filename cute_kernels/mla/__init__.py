@@ -30,4 +30,4 @@ def variants():
     dtypes = ("bf16", "f16")
     yield plan_kernel, PlanConfig()
     yield from ((decode_kernel, DecodeConfig(dtype, page)) for dtype in dtypes for page in PAGE_SIZES)
-    yield from ((combine_kernel, CombineConfig(dtype, warps)) for dtype in dtypes for warps in (1, 4))
+    yield from ((combine_kernel, CombineConfig(dtype)) for dtype in dtypes)

@@ -1,9 +1,10 @@
 """Merge the pieces of split sequences, in slot order, so that results repeat bit for bit.
 
-    M = max_j lse_j,  w_j = 2^(lse_j - M) / (sum_j 2^(lse_j - M) + 2^(sink - M)),  out = sum_j w_j O_j
+    M = max_j lse_j,  w_j = 2^(lse_j - M),  out = sum_j w_j O_j / (sum_j w_j + 2^(sink - M))
 
-Grid (row groups, sequences), 256 threads. A warp owns 512 or, where rows are few and pieces many, 128 columns of one row.
-Sequences that were not split return at once: the decode kernel wrote them. Bound by reading the partial results.
+Grid (row tiles x 32, split sequences), 256 threads. A CTA owns 16 rows x 64 columns, a warp 8 of the columns: the piece of
+accumulator layout that one warp of the decode kernel stored with one instruction. Pieces are taken a chunk at a time with
+all loads in flight, the running maximum as in online softmax. Bound by reading the partial results from L2.
 """
 
 from dataclasses import dataclass
@@ -12,19 +13,24 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, Int64
+from cutlass.memory import SmemAllocator
 
 from ..jit import Program
 from ..sm90 import ptx
 from ..sm90.args import fake_args, param_kinds
 from ..sm90.gmem import load_f32, load_i32, store_f32
-from .config import COMBINE_THREADS, HEAD_DIM_V, CombineConfig
+from .config import COMBINE_THREADS, HEAD_DIM_V, SPLIT_REQ, TILE_M, CombineConfig
 from .decode import LN2, LOG2E
+
+FEW, MANY = 4, 16  # pieces per chunk
+NEG_BIG = -1e30  # finite start of the running maximum
 
 
 @dataclass(frozen=True)
 class CombineArgs:
     """Kernel parameters in launch order; see work.DecodeArgs for the shapes."""
 
+    plan: cute.Pointer
     num_splits: cute.Pointer
     cu_seqlens_q: cute.Pointer
     attn_sink: cute.Pointer
@@ -32,21 +38,26 @@ class CombineArgs:
     lse: cute.Pointer
     partial_out: cute.Pointer
     partial_lse: cute.Pointer
+    batch: Int32
     s_q: Int32
     heads_per_kv: Int32
     h_q: Int32
     total_q: Int32
     ragged: Int32
     has_sink: Int32
+    fixed_splits: Int32  # 0: the plan lists the split sequences; else blockIdx.y is the sequence
     empty_lse: Float32
 
 
 class MlaCombine:
     def __init__(self, config: CombineConfig):
         self.dtype = BFloat16 if config.dtype == "bf16" else Float16
-        self.warps_per_row = config.warps_per_row
-        self.vectors = 4 // config.warps_per_row  # 128-column vectors per warp
-        self.in_flight = 8 // self.vectors if self.vectors > 1 else 8  # pieces loaded before the first use
+
+        @cute.struct
+        class Smem:
+            out: cute.struct.Align[cute.struct.MemRange[Int32, 16 * 32], 16]  # 16 rows x 64 columns of 16 bits
+
+        self.Smem = Smem
 
     @cute.jit
     def __call__(self, args: CombineArgs, stream: cuda.CUstream):
@@ -56,108 +67,136 @@ class MlaCombine:
 
     @cute.kernel
     def kernel(self, a: CombineArgs):
+        group, index, _ = cute.arch.block_idx()
+        sm = SmemAllocator().allocate(self.Smem)
+        staged = sm.out.get_tensor(cute.make_layout((16, 32), stride=(32, 1)))
+        # The plan was complete before the decode kernel, which this one may overlap, began to run.
+        req = index
+        if a.fixed_splits == 0:
+            req = load_i32(a.plan, index * 8 + SPLIT_REQ)
+        if req < a.batch:
+            slot = load_i32(a.num_splits, req)
+            pieces = load_i32(a.num_splits, req + 1) - slot
+            if pieces > 0:
+                self.merge(a, staged, req, slot, pieces, group)
+
+    @cute.jit
+    def merge(self, a: CombineArgs, staged: cute.Tensor, req: Int32, slot: Int32, pieces: Int32, group: Int32):
         tid, _, _ = cute.arch.thread_idx()
-        group, req, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
-        row = group * (COMBINE_THREADS // 32 // self.warps_per_row) + warp // self.warps_per_row
-        col = (warp % self.warps_per_row) * 128 + lane * 4
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
-        slot = load_i32(a.num_splits, req)
-        pieces = load_i32(a.num_splits, req + 1) - slot
+        tiles = (a.s_q * a.heads_per_kv + (TILE_M - 1)) // TILE_M
+        all_tiles = tiles * (a.h_q // a.heads_per_kv)
+        # group = ((tile of a slot, warp of the decode CTA), 64 columns)
+        slot_tile, decode_warp, columns = group // 32, (group // 4) % 8, group % 4
+        kv_head, tile = slot_tile // tiles, slot_tile % tiles
         token0, s_q = req * a.s_q, a.s_q
         if a.ragged != 0:
             token0 = load_i32(a.cu_seqlens_q, req)
             s_q = load_i32(a.cu_seqlens_q, req + 1) - token0
-        # partial rows are numbered kv head by kv head with the largest s_q; out rows token by token
-        per_head = a.s_q * a.heads_per_kv
-        packed = row % per_head
-        token = packed // a.heads_per_kv
-        head = (row // per_head) * a.heads_per_kv + packed % a.heads_per_kv
-        if (pieces > 0) & (row < a.h_q * a.s_q) & (token < s_q):
-            self.merge(a, req, slot, pieces, row, token0, token, head, col, lane)
+        first_row = (decode_warp % 4) * 16
+        rows = s_q * a.heads_per_kv - tile * TILE_M - first_row  # live ones of these 16 and below
+
+        vector = ((slot * all_tiles + slot_tile) * 8 + decode_warp) * 32 + columns * 8 + warp
+        values = a.partial_out.toint() + (Int64(vector) * 32 + lane) * 16
+        values_step = Int64(all_tiles) * (TILE_M * HEAD_DIM_V * 4)
+        lses = (Int64(slot) * all_tiles + slot_tile) * TILE_M + first_row + lane // 4
+        lses_step = all_tiles * TILE_M
+
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        if rows > 0:
+            acc = cute.make_rmem_tensor(4, Float32)
+            top = cute.make_rmem_tensor(2, Float32)
+            total = cute.make_rmem_tensor(2, Float32)
+            acc.fill(0.0)
+            top.fill(NEG_BIG)
+            total.fill(0.0)
+            if pieces <= FEW:
+                self.add_chunk(FEW, a, acc, top, total, values, values_step, lses, lses_step, Int32(0), pieces, lane)
+            else:
+                for first in cutlass.range(0, pieces, MANY, unroll=1):
+                    self.add_chunk(MANY, a, acc, top, total, values, values_step, lses, lses_step, first, pieces, lane)
+            frag = cute.make_rmem_tensor(4, self.dtype)
+            words = cute.recast_tensor(frag, Int32)
+            for h in cutlass.range_constexpr(2):
+                row = first_row + lane // 4 + 8 * h
+                packed = tile * TILE_M + row
+                token = packed // a.heads_per_kv
+                head = kv_head * a.heads_per_kv + packed % a.heads_per_kv
+                live = lane // 4 + 8 * h < rows
+                denominator = total[h]
+                if a.has_sink != 0:
+                    if live:
+                        denominator += cute.math.exp2(load_f32(a.attn_sink, head) * LOG2E - top[h], fastmath=True)
+                seen = total[h] > 0.0
+                factor = 1.0 / denominator if seen else Float32(0.0)
+                frag[2 * h] = self.dtype(acc[2 * h] * factor)
+                frag[2 * h + 1] = self.dtype(acc[2 * h + 1] * factor)
+                staged[lane // 4 + 8 * h, warp * 4 + lane % 4] = words[h]
+                if live & (warp == 0) & (lane % 4 == 0) & (columns == 0) & (decode_warp < 4):
+                    index = (Int64(req) * a.h_q + head) * a.s_q + token
+                    if a.ragged != 0:
+                        index = Int64(head) * a.total_q + token0 + token
+                    lse = (top[h] + cute.math.log2(total[h], fastmath=True)) * LN2
+                    store_f32(a.lse, index, lse if seen else a.empty_lse)
+            cute.arch.sync_threads()
+            # 16 threads store the 128 bytes of one row
+            r, word = tid // 16, (tid % 16) * 2
+            if r < rows:
+                packed = tile * TILE_M + first_row + r
+                token = packed // a.heads_per_kv
+                head = kv_head * a.heads_per_kv + packed % a.heads_per_kv
+                column = (decode_warp // 4) * 256 + columns * 64 + word * 2
+                address = a.out.toint() + ((Int64(token0 + token) * a.h_q + head) * HEAD_DIM_V + column) * 2
+                ptx.st_global_v2(address, staged[r, word], staged[r, word + 1])
 
     @cute.jit
-    def merge(
-        self, a: CombineArgs, req: Int32, slot: Int32, pieces: Int32, row: Int32, token0: Int32, token: Int32,
-        head: Int32, col: Int32, lane: Int32,
+    def add_chunk(
+        self, size: cutlass.Constexpr[int], a: CombineArgs, acc: cute.Tensor, top: cute.Tensor, total: cute.Tensor,
+        values: Int64, values_step: Int64, lses: Int64, lses_step: Int32, first: Int32, pieces: Int32, lane: Int32,
     ):  # fmt: skip
-        rows = a.h_q * a.s_q
-        top = -Float32.inf
-        for first in cutlass.range(0, pieces, 32, unroll=1):
-            top = cute.arch.fmax(top, self.piece_lse(a, slot, pieces, first + lane, rows, row))
-        top = cute.arch.warp_reduction(top, cute.arch.fmax)
-        seen = top > -Float32.inf
-        top = top if seen else Float32(0.0)
-        total = Float32(0.0)
-        for first in cutlass.range(0, pieces, 32, unroll=1):
-            total += cute.math.exp2(self.piece_lse(a, slot, pieces, first + lane, rows, row) - top, fastmath=True)
-        total = cute.arch.warp_reduction(total, lambda x, y: x + y)
-        denominator = total
-        if a.has_sink != 0:
-            sink = load_f32(a.attn_sink, head)
-            denominator += cute.math.exp2(sink * LOG2E - top, fastmath=True)
-        inverse = 1.0 / denominator if seen else Float32(0.0)
-
-        acc = cute.make_rmem_tensor(4 * self.vectors, Float32)
-        acc.fill(0.0)
-        for first in cutlass.range(0, pieces, 32, unroll=1):
-            lse = self.piece_lse(a, slot, pieces, first + lane, rows, row)
-            weight = cute.math.exp2(lse - top, fastmath=True) * inverse
-            here = pieces - first if pieces - first < 32 else Int32(32)
-            for j in cutlass.range(0, here, self.in_flight, unroll=1):
-                self.add_pieces(a, acc, slot + first, j, here, weight, rows, row, col)
-        self.store(a, acc, req, token0, token, head, col)
-        if (col == 0) & (lane == 0):
-            index = (Int64(req) * a.h_q + head) * a.s_q + token
-            if a.ragged != 0:
-                index = Int64(head) * a.total_q + token0 + token
-            value = (top + cute.math.log2(total, fastmath=True)) * LN2
-            store_f32(a.lse, index, value if seen else a.empty_lse)
-
-    @cute.jit
-    def piece_lse(self, a: CombineArgs, slot: Int32, pieces: Int32, j: Int32, rows: Int32, row: Int32):
-        value = -Float32.inf
-        if j < pieces:
-            value = load_f32(a.partial_lse, Int64(slot + j) * rows + row)
-        return value
-
-    @cute.jit
-    def add_pieces(
-        self, a: CombineArgs, acc: cute.Tensor, slot: Int32, j: Int32, here: Int32, weight: Float32, rows: Int32,
-        row: Int32, col: Int32,
-    ):  # fmt: skip
-        """acc += weight_j * O_j for the next few pieces, all loads issued before the first use."""
+        """Add pieces first .. first + size - 1. The four lanes of a row share the work on its lse values."""
         loaded = []
-        for u in cutlass.range_constexpr(self.in_flight):
-            piece = j + u if j + u < here else here - 1  # past the end: load the last one again, with weight 0
-            base = a.partial_out.toint() + ((Int64(slot + piece) * rows + row) * HEAD_DIM_V + col) * 4
-            for v in cutlass.range_constexpr(self.vectors):
-                loaded.append(ptx.ld_global_v4_f32(base + v * 512))
-        for u in cutlass.range_constexpr(self.in_flight):
-            w = cute.arch.shuffle_sync(weight, j + u if j + u < here else here - 1)
-            w = w if j + u < here else Float32(0.0)
-            for v in cutlass.range_constexpr(self.vectors):
-                for i in cutlass.range_constexpr(4):
-                    acc[4 * v + i] = acc[4 * v + i] + w * loaded[u * self.vectors + v][i]
-
-    @cute.jit
-    def store(self, a: CombineArgs, acc: cute.Tensor, req: Int32, token0: Int32, token: Int32, head: Int32, col: Int32):
-        frag = cute.make_rmem_tensor(4 * self.vectors, self.dtype)
-        frag.store(acc.load().to(self.dtype))
-        words = cute.recast_tensor(frag, Int32)
-        base = a.out.toint() + ((Int64(token0 + token) * a.h_q + head) * HEAD_DIM_V + col) * 2
-        for v in cutlass.range_constexpr(self.vectors):
-            ptx.st_global_v2(base + v * 256, words[2 * v], words[2 * v + 1])
+        for u in cutlass.range_constexpr(size):
+            piece = first + u if first + u < pieces else pieces - 1  # past the end: the last one again, with weight 0
+            loaded.append(ptx.ld_global_v4_f32(values + Int64(piece) * values_step))
+        weights = [[None] * (size // 4) for _ in range(2)]
+        for h in cutlass.range_constexpr(2):
+            high = top[h]
+            for i in cutlass.range_constexpr(size // 4):
+                piece = first + 4 * i + lane % 4
+                weights[h][i] = -Float32.inf
+                if piece < pieces:
+                    weights[h][i] = load_f32(a.partial_lse, lses + 8 * h + Int64(piece) * lses_step)
+                high = cute.arch.fmax(high, weights[h][i])
+            high = cute.arch.fmax(high, cute.arch.shuffle_sync_bfly(high, offset=1))
+            high = cute.arch.fmax(high, cute.arch.shuffle_sync_bfly(high, offset=2))
+            shrink = cute.math.exp2(top[h] - high, fastmath=True)
+            top[h] = high
+            added = Float32(0.0)
+            for i in cutlass.range_constexpr(size // 4):
+                weights[h][i] = cute.math.exp2(weights[h][i] - high, fastmath=True)
+                added += weights[h][i]
+            added += cute.arch.shuffle_sync_bfly(added, offset=1)
+            added += cute.arch.shuffle_sync_bfly(added, offset=2)
+            total[h] = total[h] * shrink + added
+            acc[2 * h] = acc[2 * h] * shrink
+            acc[2 * h + 1] = acc[2 * h + 1] * shrink
+        for u in cutlass.range_constexpr(size):
+            for h in cutlass.range_constexpr(2):
+                weight = cute.arch.shuffle_sync(weights[h][u // 4], (lane // 4) * 4 + u % 4)
+                acc[2 * h] = acc[2 * h] + weight * loaded[u][2 * h]
+                acc[2 * h + 1] = acc[2 * h + 1] + weight * loaded[u][2 * h + 1]
 
 
 def program(config: CombineConfig) -> Program:
     """The host function and the fake arguments that compile one variant."""
+    kernel = MlaCombine(config)
     return Program(
-        host=MlaCombine(config),
+        host=kernel,
         args=(fake_args(CombineArgs), cuda.CUstream(0)),
         threads=COMBINE_THREADS,
-        smem_bytes=0,
+        smem_bytes=kernel.Smem.size_in_bytes(),
         params=param_kinds(CombineArgs),
         pdl=True,
     )

@@ -9,6 +9,7 @@ TILE_M = 64  # packed (token, head) rows per CTA: one wgmma M
 NUM_SLABS = HEAD_DIM // 64  # 64-column slabs of one block, 8 KiB each
 SLAB_BYTES = BLOCK * 64 * 2
 VISIT_COST = 4  # planner: what starting and finishing one piece costs, in blocks
+SPLIT_REQ = 5  # column of the plan: row i holds the i-th split sequence, or the batch size behind the last
 PAGE_SIZES = (16, 32, 64, 128)
 COMBINE_THREADS = 256
 PLAN_THREADS = 32
@@ -30,10 +31,9 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class CombineConfig:
-    """One compiled combine kernel. warps_per_row: 4 spreads a row over the CTA (few rows, many pieces), 1 is for many rows."""
+    """One compiled combine kernel."""
 
     dtype: str
-    warps_per_row: int
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,3 @@ def num_partitions(num_sms: int, tiles: int, h_kv: int) -> int:
     """CTAs that share the work of one (row tile, kv head): the grid never exceeds one CTA per SM unless tiles alone do."""
     return max(num_sms // (tiles * h_kv), 1)
 
-
-def combine_warps_per_row(rows: int, batch: int) -> int:
-    """Spread rows over warps while there are too few rows to fill the machine."""
-    return 4 if rows * batch <= 4096 else 1

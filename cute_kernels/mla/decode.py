@@ -9,7 +9,7 @@ Roles (384 threads)
     warps 0-3   WG0   scores of even blocks, output columns 0-255     240 registers
     warps 4-7   WG1   scores of odd blocks, output columns 256-511    240 registers
     warp  8     K loader (TMA), runs ahead of the math across pieces   24 registers
-    warps 9-11  Q loader (cp.async), one piece ahead
+    warp  9     Q loader (TMA), as soon as the piece before is done with Q; warps 10, 11 fill up the warpgroup
 
 A full 64x512 fp32 output takes half the register file, so one CTA holds one output tile, cut in columns, and the two
 warpgroups alternate on the softmax instead of on output tiles. One pair of blocks, the newest key block first:
@@ -21,7 +21,7 @@ Going from the newest block down puts the causal mask and the unused tail rows i
 
 Pipelines (mbarriers; L = columns 0-255, R = 256-575)
     k_full[4], k_empty[4]   K0L K0R K1L K1R; full: bytes of the boxes; empty: one arrive of the warpgroup that multiplies that V half
-    q_full   96 arrives of the Q loader       q_empty  one arrive of each warpgroup
+    q_full   bytes of the slabs               q_empty  one arrive of each warpgroup
 Named barriers (256 threads, one side arrives, the other waits)
     MAX0 a0 and m ready | MAX1 a1 and m ready | P0 in smem | P1 in smem and V0_R issued | SYNC both
 
@@ -48,12 +48,11 @@ from ..sm90 import ptx
 from ..sm90.args import fake_args, param_kinds
 from ..sm90.gmem import load_f32, load_i32, store_f32
 from .config import BLOCK, HEAD_DIM, HEAD_DIM_V, NUM_SLABS, RESCALE_LOG2, SLAB_BYTES, TILE_M, DecodeConfig
-from .work import DecodeArgs, Piece, get_piece, next_position, not_done, visible_keys
+from .work import DecodeArgs, Piece, get_piece, load_record, next_position, not_done, partial_tile, visible_keys
 
 WG = 128
 BAR_MAX0, BAR_MAX1, BAR_P0, BAR_P1, BAR_SYNC = 1, 2, 3, 4, 5
 K0L, K0R, K1L, K1R = 0, 1, 2, 3
-Q_THREADS = 96
 THREADS = 3 * WG
 EVICT_FIRST = 0x12F0000000000000
 LN2 = 0.6931471805599453
@@ -112,11 +111,14 @@ class MlaDecode:
     # ------------------------------------------------------------------------------------------------ host
 
     @cute.jit
-    def __call__(self, mK: cute.Tensor, args: DecodeArgs, stream: cuda.CUstream):
-        """mK (page rows, 576, h_kv, pages): only its shape matters here, the launcher encodes the real tensor map."""
+    def __call__(self, mQ: cute.Tensor, mK: cute.Tensor, args: DecodeArgs, stream: cuda.CUstream):
+        """mQ (heads, 576, tokens, b), mK (page rows, 576, h_kv, pages): only the ranks matter, the launcher encodes the maps."""
+        slab = cute.tile_to_shape(self.swizzle_atom(), (TILE_M, 64), order=(0, 1))
         box = cute.tile_to_shape(self.swizzle_atom(), (self.box_rows, 64), order=(0, 1))
-        tma, tK = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), mK, box, (self.box_rows, 64))
-        self.kernel(tma, tK, args).launch(
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        tma_q, tQ = cpasync.make_tiled_tma_atom(load, mQ, slab, (TILE_M, 64))
+        tma_k, tK = cpasync.make_tiled_tma_atom(load, mK, box, (self.box_rows, 64))
+        self.kernel(tma_q, tQ, tma_k, tK, args).launch(
             grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True
         )
 
@@ -138,13 +140,15 @@ class MlaDecode:
     # ---------------------------------------------------------------------------------------------- device
 
     @cute.kernel
-    def kernel(self, tma: cute.CopyAtom, tK: cute.Tensor, args: DecodeArgs):
+    def kernel(
+        self, tma_q: cute.CopyAtom, tQ: cute.Tensor, tma_k: cute.CopyAtom, tK: cute.Tensor, args: DecodeArgs
+    ):
         tid, _, _ = cute.arch.thread_idx()
         tile, kv_head, part = cute.arch.block_idx()
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         sm = SmemAllocator().allocate(self.Smem)
         if tid == 0:
-            cute.arch.mbarrier_init(sm.q_full.data_ptr(), Q_THREADS)
+            cute.arch.mbarrier_init(sm.q_full.data_ptr(), 1)
             cute.arch.mbarrier_init(sm.q_empty.data_ptr(), 2)
             for i in cutlass.range_constexpr(4):
                 cute.arch.mbarrier_init(sm.k_full.data_ptr() + i, 1)
@@ -168,7 +172,9 @@ class MlaDecode:
             k_empty=sm.k_empty.data_ptr(),
         )
         if warp_id == 8:
-            cpasync.prefetch_descriptor(tma)
+            cpasync.prefetch_descriptor(tma_k)
+        if warp_id == 9:
+            cpasync.prefetch_descriptor(tma_q)
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
@@ -178,9 +184,9 @@ class MlaDecode:
             if warp_id == 8:
                 k_boxes = cute.tile_to_shape(atom, (self.box_rows, 64, 2 * NUM_SLABS * self.boxes), order=(0, 1, 2))
                 sK = sm.k.get_tensor(k_boxes.outer, swizzle=k_boxes.inner)
-                self.load_k(tma, tK, sK, args, shared, tile, kv_head, part, tid % 32)
-            else:
-                self.load_q(args, shared, tile, kv_head, part, tid - 9 * 32)
+                self.load_k(tma_k, tK, sK, args, shared, tile, kv_head, part, tid % 32)
+            if warp_id == 9:
+                self.load_q(tma_q, tQ, args, shared, tile, kv_head, part)
         else:
             cute.arch.setmaxregister_increase(240)
             mmas = self.make_mmas()
@@ -211,10 +217,11 @@ class MlaDecode:
             tma, 0, cute.make_layout(1), cute.group_modes(sK, 0, 2), cute.group_modes(gK, 0, 2)
         )
         full, empty = s.k_full, s.k_empty
-        req, block, end_req, end_block = (load_i32(a.plan, part * 8 + i) for i in range(4))
+        record = load_record(a, part)
+        req, block, seqlen = record.req, record.block, record.seqlen
         phase0, phase1 = Int32(1), Int32(1)
-        while not_done(req, block, end_req, end_block):
-            piece = get_piece(a, tile, req, block, end_req, end_block)
+        while not_done(req, block, record):
+            piece = get_piece(a, record, tile, req, block, seqlen)
             ids = self.page_ids(a, piece, req, Int32(0), lane)
             for pair in cutlass.range((piece.n + 1) // 2, unroll=1):
                 newest = piece.end - 1 - 2 * pair
@@ -230,7 +237,7 @@ class MlaDecode:
                 if both:
                     self.load_half(tma, tSs, tSg, full, empty, K1L, phase1, pages, newest - 1, piece.seqlen, kv_head)
                     phase1 ^= 1
-            req, block, _ = next_position(piece, req, Int32(0))
+            req, block, _, seqlen = next_position(a, record, piece, req, Int32(0))
 
     @cute.jit
     def page_ids(self, a: DecodeArgs, piece: Piece, req: Int32, pair: Int32, lane: Int32):
@@ -284,39 +291,35 @@ class MlaDecode:
     # ------------------------------------------------------------------------------------------- Q loader
 
     @cute.jit
-    def load_q(self, a: DecodeArgs, s: Shared, tile: Int32, kv_head: Int32, part: Int32, thread: Int32):
-        """Copy the tile's rows in 16-byte chunks, swizzled as the 128-byte TMA mode would; rows past the last become zero."""
-        smem = s.sQ.iterator.toint()
-        lane = thread % 32
-        req, block, end_req, end_block = (load_i32(a.plan, part * 8 + i) for i in range(4))
+    def load_q(
+        self, tma: cute.CopyAtom, tQ: cute.Tensor, a: DecodeArgs, s: Shared, tile: Int32, kv_head: Int32, part: Int32
+    ):
+        """Rows past the tile's last are whatever lies there, or zeros: rows don't mix, and theirs are not stored."""
+        record = load_record(a, part)
+        req, block, seqlen = record.req, record.block, record.seqlen
         phase = Int32(1)
-        while not_done(req, block, end_req, end_block):
-            piece = get_piece(a, tile, req, block, end_req, end_block)
+        while not_done(req, block, record):
+            piece = get_piece(a, record, tile, req, block, seqlen)
             if piece.n > 0:
-                rows = piece.s_q * a.heads_per_kv - tile * TILE_M
-                base = Int64(req) * a.q_stride_b
+                head = kv_head * a.q_kv_step + (tile * TILE_M) % a.q_group
+                token, batch = (tile * TILE_M) // a.q_group, req
                 if a.ragged != 0:
-                    base = Int64(piece.token0) * a.q_stride_s
+                    batch = Int32(0)
+                    if a.q_group > a.heads_per_kv:
+                        head += piece.token0 * a.heads_per_kv
+                    else:
+                        token += piece.token0
+                gQ = cute.local_tile(cute.domain_offset((head, 0, token, batch), tQ), (TILE_M, 64), (0, None, 0, 0))
+                tSs, tSg = cpasync.tma_partition(
+                    tma, 0, cute.make_layout(1), cute.group_modes(s.sQ, 0, 2), cute.group_modes(gQ, 0, 2)
+                )
                 cute.arch.mbarrier_wait(s.q_empty, phase)
                 phase ^= 1
-                # one row per warp and step: 72 chunks, the swizzle permutes the 8 chunks of each slab
-                for row in cutlass.range(thread // 32, TILE_M, 3, unroll=1):
-                    packed = tile * TILE_M + row
-                    token = packed // a.heads_per_kv
-                    head = kv_head * a.heads_per_kv + packed % a.heads_per_kv
-                    live = row < rows
-                    offset = base + Int64(token) * a.q_stride_s + Int64(head) * a.q_stride_h
-                    src = a.q.toint() + (offset if live else Int64(0)) * 2 + lane * 16
-                    dst = smem + (lane // 8) * SLAB_BYTES + row * 128 + ((lane % 8) ^ (row % 8)) * 16
-                    src_bytes = Int32(16) if live else Int32(0)
-                    ptx.cp_async_16(dst, src, src_bytes)
-                    ptx.cp_async_16(dst + 4 * SLAB_BYTES, src + 512, src_bytes)
-                    if lane < 8:
-                        ptx.cp_async_16(dst + 8 * SLAB_BYTES, src + 1024, src_bytes)
-                ptx.cp_async_wait_all()
-                cute.arch.fence_view_async_shared()
-                cute.arch.mbarrier_arrive(s.q_full)
-            req, block, _ = next_position(piece, req, Int32(0))
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(s.q_full, NUM_SLABS * SLAB_BYTES)
+                for i in cutlass.range_constexpr(NUM_SLABS):
+                    cute.copy(tma, tSg[None, i], tSs[None, i], tma_bar_ptr=s.q_full, cache_policy=Int64(EVICT_FIRST))
+            req, block, _, seqlen = next_position(a, record, piece, req, Int32(0))
 
     # ----------------------------------------------------------------------------------------------- math
 
@@ -352,10 +355,12 @@ class MlaDecode:
         get = cute.make_tiled_copy_A(cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype), mma.qk_rs)
 
         row = (t // 32) * 16 + (t % 32) // 4  # this thread's rows are row and row + 8
-        req, block, end_req, end_block, split = (load_i32(a.plan, part * 8 + i) for i in range(5))
+        record = load_record(a, part)
+        req, block, split, seqlen = record.req, record.block, record.split, record.seqlen
         q_phase, phase0, phase1 = Int32(0), Int32(0), Int32(0)
-        while not_done(req, block, end_req, end_block):
-            piece = get_piece(a, tile, req, block, end_req, end_block)
+        while not_done(req, block, record):
+            slot, next_slot = load_i32(a.num_splits, req), load_i32(a.num_splits, req + 1)
+            piece = get_piece(a, record, tile, req, block, seqlen)
             limit0 = visible_keys(a, piece.seqlen, piece.s_q, tile * TILE_M + row)
             limit1 = visible_keys(a, piece.seqlen, piece.s_q, tile * TILE_M + row + 8)
             O.fill(0.0)
@@ -409,8 +414,8 @@ class MlaDecode:
                     phase0 ^= 1
                 if t == 0:
                     cute.arch.mbarrier_arrive(s.q_empty)
-            self.epilogue(w, a, s, O, L, piece, req, split, tile, kv_head, row, t)
-            req, block, split = next_position(piece, req, split)
+            self.epilogue(w, a, s, O, L, piece, req, slot + split, slot == next_slot, tile, kv_head, row, t)
+            req, block, split, seqlen = next_position(a, record, piece, req, split)
 
     def v_columns(self, sK, v_half, stage, half):
         """V^T of one stage's block, columns [256 * half, 256 * half + 256): the K slabs read the other way round."""
@@ -636,7 +641,7 @@ class MlaDecode:
     @cute.jit
     def epilogue(
         self, w: cutlass.Constexpr[int], a: DecodeArgs, s: Shared, O: cute.Tensor, L: cute.Tensor, piece: Piece,
-        req: Int32, split: Int32, tile: Int32, kv_head: Int32, row: Int32, t: Int32,
+        req: Int32, slot: Int32, whole, tile: Int32, kv_head: Int32, row: Int32, t: Int32,
     ):  # fmt: skip
         """Divide by the row sums and store straight from registers, so that Q and K of the next piece keep streaming in."""
         for h in cutlass.range_constexpr(2):
@@ -644,48 +649,44 @@ class MlaDecode:
             total += cute.arch.shuffle_sync_bfly(total, offset=2)
             if t % 4 == 0:
                 s.row_sum[w * TILE_M + row + 8 * h] = total
-        m0, m1 = s.row_max[row], s.row_max[row + 8]
+        m = [s.row_max[row], s.row_max[row + 8]]
         cute.arch.barrier(barrier_id=BAR_SYNC, number_of_threads=2 * WG)
-        l0 = s.row_sum[row] + s.row_sum[row + TILE_M]
-        l1 = s.row_sum[row + 8] + s.row_sum[row + 8 + TILE_M]
+        total = [s.row_sum[row + 8 * h] + s.row_sum[row + 8 * h + TILE_M] for h in range(2)]
         cute.arch.barrier(barrier_id=BAR_SYNC, number_of_threads=2 * WG)  # the next piece may overwrite the statistics
-
-        slot = load_i32(a.num_splits, req)
-        whole = load_i32(a.num_splits, req + 1) == slot
-        rows = piece.s_q * a.heads_per_kv
-        for h in cutlass.range_constexpr(2):
-            packed = tile * TILE_M + row + 8 * h
-            m, total = (m0, l0) if const_expr(h == 0) else (m1, l1)
-            seen = total > 0.0
-            if whole:
-                token = packed // a.heads_per_kv
-                head = kv_head * a.heads_per_kv + packed % a.heads_per_kv
-                denominator = total
-                if a.has_sink != 0:
-                    if packed < rows:
-                        sink = load_f32(a.attn_sink, head)
-                        denominator += cute.math.exp2(sink * LOG2E - m, fastmath=True)
-                factor = 1.0 / denominator if seen else Float32(0.0)
-                out_row = a.out.toint() + (Int64(piece.token0 + token) * a.h_q + head) * (HEAD_DIM_V * 2)
-                self.store_whole(w, O, h, factor, out_row, packed < rows, t)
-                if const_expr(w == 0):
-                    if (t % 4 == 0) & (packed < rows):
-                        index = (Int64(req) * a.h_q + head) * a.s_q + token
-                        if a.ragged != 0:
-                            index = Int64(head) * a.total_q + piece.token0 + token
-                        lse = (m + cute.math.log2(total, fastmath=True)) * LN2
-                        store_f32(a.lse, index, lse if seen else a.empty_lse)
-            else:
-                factor = 1.0 / total if seen else Float32(0.0)
-                index = Int64(slot + split) * (a.h_q * a.s_q) + kv_head * a.heads_per_kv * a.s_q + packed
-                self.store_partial(w, O, h, factor, a.partial_out.toint() + index * (HEAD_DIM_V * 4), packed < rows, t)
-                if const_expr(w == 0):
-                    if (t % 4 == 0) & (packed < rows):
-                        lse = m + cute.math.log2(total, fastmath=True)
-                        store_f32(a.partial_lse, index, lse if seen else -Float32.inf)
+        rows = piece.s_q * a.heads_per_kv - tile * TILE_M
+        if whole:
+            for h in cutlass.range_constexpr(2):
+                self.store_whole(w, a, O, h, m[h], total[h], piece, req, tile, kv_head, row + 8 * h, rows, t)
+        else:
+            self.store_partial(w, a, O, m, total, partial_tile(a, slot, tile, kv_head), row, rows, t)
 
     @cute.jit
-    def store_whole(self, w, O: cute.Tensor, h, factor: Float32, out_row: Int64, live, t: Int32):
+    def store_whole(
+        self, w: cutlass.Constexpr[int], a: DecodeArgs, O: cute.Tensor, h: cutlass.Constexpr[int], m: Float32,
+        total: Float32, piece: Piece, req: Int32, tile: Int32, kv_head: Int32, row: Int32, rows: Int32, t: Int32,
+    ):  # fmt: skip
+        """One row of the result, and its lse."""
+        packed = tile * TILE_M + row
+        token = packed // a.heads_per_kv
+        head = kv_head * a.heads_per_kv + packed % a.heads_per_kv
+        seen = total > 0.0
+        denominator = total
+        if a.has_sink != 0:
+            if row < rows:
+                denominator += cute.math.exp2(load_f32(a.attn_sink, head) * LOG2E - m, fastmath=True)
+        factor = 1.0 / denominator if seen else Float32(0.0)
+        out_row = a.out.toint() + (Int64(piece.token0 + token) * a.h_q + head) * (HEAD_DIM_V * 2)
+        self.store_row(w, O, h, factor, out_row, row < rows, t)
+        if const_expr(w == 0):
+            if (t % 4 == 0) & (row < rows):
+                index = (Int64(req) * a.h_q + head) * a.s_q + token
+                if a.ragged != 0:
+                    index = Int64(head) * a.total_q + piece.token0 + token
+                lse = (m + cute.math.log2(total, fastmath=True)) * LN2
+                store_f32(a.lse, index, lse if seen else a.empty_lse)
+
+    @cute.jit
+    def store_row(self, w, O: cute.Tensor, h, factor: Float32, out_row: Int64, live, t: Int32):
         """One row to 16 bits. The four lanes of a row transpose 4x4 words, so that each stores 16 adjacent bytes."""
         lane = t % 4
         frag = cute.make_rmem_tensor(8, self.dtype)
@@ -703,25 +704,38 @@ class MlaDecode:
                 ptx.st_global_v4(out_row + (w * 256 + (4 * g + lane) * 8) * 2, x[0], x[1], x[2], x[3])
 
     @cute.jit
-    def store_partial(self, w, O: cute.Tensor, h, factor: Float32, out_row: Int64, live, t: Int32):
-        """One row in fp32: the four lanes of a row fill a 32-byte sector."""
-        if live:
+    def store_partial(
+        self, w: cutlass.Constexpr[int], a: DecodeArgs, O: cute.Tensor, m, total, tile_index: Int32, row: Int32,
+        rows: Int32, t: Int32,
+    ):  # fmt: skip
+        """Accumulators as they lie in the registers: each store of a warp fills 512 adjacent bytes."""
+        factor = [1.0 / total[h] if total[h] > 0.0 else Float32(0.0) for h in range(2)]
+        if (t // 32) * 16 < rows:  # else the whole warp has nothing but padding
+            base = a.partial_out.toint() + ((Int64(tile_index) * 8 + w * 4 + t // 32) * 32 * 32 + t % 32) * 16
             for j in cutlass.range_constexpr(32):
-                address = out_row + (w * 256 + 8 * j + (t % 4) * 2) * 4
-                ptx.st_global_v2_f32(address, O[4 * j + 2 * h] * factor, O[4 * j + 2 * h + 1] * factor)
+                ptx.st_global_v4_f32(
+                    base + j * 512, O[4 * j] * factor[0], O[4 * j + 1] * factor[0], O[4 * j + 2] * factor[1], O[4 * j + 3] * factor[1]
+                )  # fmt: skip
+            if const_expr(w == 0):
+                if t % 4 == 0:
+                    for h in cutlass.range_constexpr(2):
+                        lse = m[h] + cute.math.log2(total[h], fastmath=True)
+                        index = Int64(tile_index) * TILE_M + row + 8 * h
+                        store_f32(a.partial_lse, index, lse if total[h] > 0.0 else -Float32.inf)
 
 
 def program(config: DecodeConfig) -> Program:
     """The host function and the fake arguments that compile one variant."""
     kernel = MlaDecode(config)
-    # The extents only shape the coordinates: any page and head index is addressed alike.
-    shape = (config.page_size, HEAD_DIM, 2, 2)
-    mK = make_fake_compact_tensor(kernel.dtype, shape, stride_order=(1, 0, 2, 3), assumed_align=16)
+
+    def fake(rows):  # the extents only shape the coordinates: any head, token or page is addressed alike
+        return make_fake_compact_tensor(kernel.dtype, (rows, HEAD_DIM, 2, 2), stride_order=(1, 0, 2, 3), assumed_align=16)
+
     return Program(
         host=kernel,
-        args=(mK, fake_args(DecodeArgs), cuda.CUstream(0)),
+        args=(fake(TILE_M), fake(config.page_size), fake_args(DecodeArgs), cuda.CUstream(0)),
         threads=THREADS,
         smem_bytes=kernel.Smem.size_in_bytes(),
-        params=("map", *param_kinds(DecodeArgs)),
+        params=("map", "map", *param_kinds(DecodeArgs)),
         pdl=True,
     )

@@ -11,14 +11,10 @@ from .config import BLOCK, TILE_M
 
 @dataclass(frozen=True)
 class DecodeArgs:
-    """Kernel parameters behind the K tensor map, in launch order. Pointers are global; strides count elements."""
+    """Kernel parameters behind the tensor maps of Q and K, in launch order. Pointers are global."""
 
-    q: cute.Pointer  # (b, s_q, h_q, 576), or (total_q, h_q, 576) with cu_seqlens_q
-    q_stride_b: Int64
-    q_stride_s: Int64
-    q_stride_h: Int64
     block_table: cute.Pointer  # int32 (b, max_pages); entries at or past ceil(len / page) are never read
-    block_table_stride: Int64
+    block_table_stride: Int64  # elements
     cache_seqlens: cute.Pointer  # int32 (b,)
     cu_seqlens_q: cute.Pointer  # int32 (b + 1,), read only if ragged != 0
     plan: cute.Pointer  # int32 (partitions, 8)
@@ -26,8 +22,10 @@ class DecodeArgs:
     attn_sink: cute.Pointer  # float32 (h_q,), read only if has_sink != 0
     out: cute.Pointer  # (b, s_q, h_q, 512) or (total_q, h_q, 512)
     lse: cute.Pointer  # float32 (b, h_q, s_q) or (h_q, total_q)
-    partial_out: cute.Pointer  # float32 (slots, h_q * s_q, 512): each piece already divided by its own sum
-    partial_lse: cute.Pointer  # float32 (slots, h_q * s_q), base 2; -inf for a piece without visible keys
+    partial_out: cute.Pointer  # float32 (slots, tiles, 8 warps, 32, 32 lanes, 4): accumulators, divided by the piece's sum
+    partial_lse: cute.Pointer  # float32 (slots, tiles, 64 rows), base 2; -inf for a piece without visible keys
+    q_group: Int32  # packed rows of a tile per token coordinate of the Q map; 1 << 30 if packed rows are one dimension
+    q_kv_step: Int32  # head coordinates from one kv head to the next
     s_q: Int32  # tokens per sequence; with cu_seqlens_q their upper bound
     heads_per_kv: Int32
     h_q: Int32
@@ -38,6 +36,23 @@ class DecodeArgs:
     split_blocks: Int32  # 0, or cut every sequence each split_blocks blocks (batch-invariant mode)
     scale_log2: Float32  # softmax_scale * log2(e)
     empty_lse: Float32  # what lse becomes where nothing is visible
+
+
+@dataclass(frozen=True)
+class Record:
+    """One partition of the plan: from (req, block) up to, not including, (end_req, end_block)."""
+
+    req: Int32
+    block: Int32
+    end_req: Int32
+    end_block: Int32
+    split: Int32  # index of the first piece within its sequence
+    seqlen: Int32  # of the first sequence: saves the first loads a round trip
+
+
+def load_record(a: DecodeArgs, part):
+    fields = [load_i32(a.plan, part * 8 + i) for i in (0, 1, 2, 3, 4, 6)]
+    return Record(*fields)
 
 
 @dataclass(frozen=True)
@@ -70,17 +85,16 @@ def visible_keys(a: DecodeArgs, seqlen: Int32, s_q: Int32, row: Int32):
 
 
 @cute.jit
-def get_piece(a: DecodeArgs, tile: Int32, req: Int32, block: Int32, end_req: Int32, end_block: Int32):
-    """The piece that starts at (req, block) in a partition that ends before (end_req, end_block)."""
-    seqlen = load_i32(a.cache_seqlens, req)
+def get_piece(a: DecodeArgs, record: Record, tile: Int32, req: Int32, block: Int32, seqlen: Int32):
+    """The piece that starts at (req, block) of a sequence of seqlen keys."""
     token0 = req * a.s_q
     s_q = a.s_q
     if a.ragged != 0:
         token0 = load_i32(a.cu_seqlens_q, req)
         s_q = load_i32(a.cu_seqlens_q, req + 1) - token0
     stop = num_blocks(seqlen)
-    if req == end_req:
-        stop = end_block
+    if req == record.end_req:
+        stop = record.end_block
     if a.split_blocks > 0:
         stop = stop if stop < block + a.split_blocks else block + a.split_blocks
     rows = s_q * a.heads_per_kv
@@ -97,13 +111,23 @@ def get_piece(a: DecodeArgs, tile: Int32, req: Int32, block: Int32, end_req: Int
 
 
 @cute.jit
-def next_position(piece: Piece, req: Int32, split: Int32):
-    """(req, block, split) after a piece: the next cut of the same sequence, or the start of the next one."""
-    next_req, block, next_split = req, piece.stop, split + 1
+def next_position(a: DecodeArgs, record: Record, piece: Piece, req: Int32, split: Int32):
+    """(req, block, split, seqlen) after a piece: the next cut of the same sequence, or the start of the next one."""
+    next_req, block, next_split, seqlen = req, piece.stop, split + 1, piece.seqlen
     if piece.stop >= num_blocks(piece.seqlen):
         next_req, block, next_split = req + 1, Int32(0), Int32(0)
-    return next_req, block, next_split
+        if not_done(next_req, block, record):
+            seqlen = load_i32(a.cache_seqlens, next_req)
+    return next_req, block, next_split, seqlen
 
 
-def not_done(req, block, end_req, end_block):
-    return (req < end_req) | ((req == end_req) & (block < end_block))
+def not_done(req, block, record: Record):
+    return (req < record.end_req) | ((req == record.end_req) & (block < record.end_block))
+
+
+@cute.jit
+def partial_tile(a: DecodeArgs, slot: Int32, tile: Int32, kv_head: Int32):
+    """Index of a row tile's partial results: tiles of one slot lie together, kv head by kv head."""
+    tiles = (a.s_q * a.heads_per_kv + (TILE_M - 1)) // TILE_M
+    kv_heads = a.h_q // a.heads_per_kv
+    return (slot * kv_heads + kv_head) * tiles + tile

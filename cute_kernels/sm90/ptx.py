@@ -4,17 +4,6 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 
-def cp_async_16(smem_addr, gmem_addr, src_bytes):
-    """cp.async of 16 bytes past L1; src_bytes 0 writes zeros and reads nothing. Addresses are Int32 (shared) and Int64."""
-    cute.arch.inline_ptx(
-        "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};", read_only_args=[smem_addr, gmem_addr, src_bytes]
-    )
-
-
-def cp_async_wait_all():
-    cute.arch.inline_ptx("cp.async.wait_all;")
-
-
 def st_shared_zero16(smem_addr):
     cute.arch.inline_ptx("st.shared.v4.b32 [{$r0}], {{$r1}, {$r1}, {$r1}, {$r1}};", read_only_args=[smem_addr, Int32(0)])
 
@@ -26,8 +15,11 @@ def st_global_v4(gmem_addr, a, b, c, d):
     )
 
 
-def st_global_v2_f32(gmem_addr, a, b):
-    cute.arch.inline_ptx("st.global.v2.f32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[gmem_addr, a, b])
+def st_global_v4_f32(gmem_addr, a, b, c, d):
+    """16-byte store of four floats."""
+    cute.arch.inline_ptx(
+        "st.global.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[gmem_addr, a, b, c, d]
+    )
 
 
 def st_global_v2(gmem_addr, a, b):

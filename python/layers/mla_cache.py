@@ -137,9 +137,8 @@ class PagedMlaCache:
         self._check_seq(seq)
         self._free.extend(reversed(self._owned[seq]))
         self._owned[seq].clear()
-        self._host_table[seq] = 0
         self._host_state[:, seq] = 0
-        self._upload(table=True)
+        self._upload(table=False)  # the op reads no table entry past a sequence's length
 
     def plan_step(self, num_heads: int, tokens: int = 1, seqs: Sequence[int] | None = None) -> MlaStep:
         """The step that the last `append` prepared, with one planner call for all layers.
@@ -149,7 +148,14 @@ class PagedMlaCache:
             padding); what the padding computes is to be ignored.
         seqs: the sequences in the batch, in this order; default all.
         Only device work, no synchronisation; with seqs=None it can be captured into a CUDA graph.
+        ValueError if the step leaves out tokens that `append` counted: their latents would never be written.
         """
+        for seq, count in enumerate(self._host_state[1].tolist()):
+            if count > tokens or (count and seqs is not None and seq not in seqs):
+                raise ValueError(
+                    f"PagedMlaCache.plan_step: sequence {seq} gained {count} tokens, the step has {tokens} for "
+                    f"sequences {'all' if seqs is None else list(seqs)}; plan the step for what was appended"
+                )
         table, state = self._table, self._state
         if seqs is not None:
             index = torch.tensor(seqs, dtype=torch.int64, device=table.device)

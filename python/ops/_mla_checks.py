@@ -23,12 +23,14 @@ DTYPES = (torch.bfloat16, torch.float16)
 INT32, FLOAT32 = torch.int32, torch.float32  # looked up once
 
 
-@cache
-def sm_count(device: torch.device) -> int:
+def count_sms(device: torch.device) -> int:
     """SMs of a CUDA device; 132, an H100's, for any other device and on a machine without GPU."""
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 132
+
+
+_sms_of = cache(count_sms)
 
 
 def check_plan(cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int, num_sms: int, split_tokens: int) -> None:
@@ -69,7 +71,7 @@ def check_decode(
     _check_block_table(block_table, b, device)
     _check_tensor("mla_decode", "cache_seqlens", cache_seqlens, INT32, (b,), device)
     _check_tensor("mla_decode", "num_splits", num_splits, INT32, (b + 1,), device)
-    _check_metadata(tile_scheduler_metadata, num_partitions(s_q, h_q, h_kv, sm_count(device)), device)
+    _check_metadata(tile_scheduler_metadata, num_partitions(s_q, h_q, h_kv, _sms_of(device)), device)
     if attn_sink is not None:
         _check_tensor("mla_decode", "attn_sink", attn_sink, FLOAT32, (h_q,), device)
     if not 0.0 < softmax_scale < math.inf:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cutehop.cute_kernels import mla
-from cutehop.cute_kernels.jit import Kernel, tensor_map
+from cutehop.cute_kernels.jit import Kernel, TensorMap, tensor_map
 from cutehop.cute_kernels.mla import config as cfg
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -22,8 +22,7 @@ _LOG2E = math.log2(math.e)
 
 class _Decode(NamedTuple):
     decode: Kernel
-    combine_few: Kernel  # four warps per row
-    combine_many: Kernel  # one warp per row
+    combine: Kernel
 
 
 _decode_kernels: dict[tuple[int, torch.dtype, int], _Decode] = {}
@@ -81,7 +80,7 @@ def decode(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """Body of cutehop::mla_decode: fills out and lse. A q whose strides TMA-sized copies cannot read is made contiguous."""
+    """Body of cutehop::mla_decode: fills out and lse. A q that no tensor map describes is copied first, see _q_map."""
     device = q.get_device()
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -99,37 +98,25 @@ def decode(
     kernels = _decode_kernels.get((device, dtype, page)) or _load(device, dtype, page, stream)
 
     ragged = cu_seqlens_q is not None
-    q_strides = q.stride()
-    if any(stride % 8 for stride in q_strides[:-1]) or q.data_ptr() % 16:
-        q = q.contiguous()
-        q_strides = q.stride()
-    if ragged:
-        total_q, h_q, s_q = q.shape[0], q.shape[1], max_seqlen_q
-        q_stride_b = 0
-        q_stride_s, q_stride_h, _ = q_strides
-    else:
-        _, s_q, h_q, _ = q.shape
-        total_q = b * s_q
-        q_stride_b, q_stride_s, q_stride_h, _ = q_strides
-
+    h_q = q.shape[-2]
+    s_q = max_seqlen_q if ragged else q.shape[1]
+    total_q = q.shape[0] if ragged else b * s_q
     heads_per_kv = h_q // h_kv
     partitions = tile_scheduler_metadata.shape[0]
-    rows = h_q * s_q
+    tiles = cfg.row_tiles(s_q, heads_per_kv)
+    q_map, q_group, q_kv_step, q = _q_map(q, h_kv, s_q, heads_per_kv, ragged)
     slots = _max_slots(b, partitions, block_table.shape[1] * page, split_tokens)
-    partial_out, partial_lse = _workspace(device, stream, slots * rows) if slots else (0, 0)
+    partial_out, partial_lse = _workspace(device, stream, slots * tiles * h_kv) if slots else (0, 0)
     cu_ptr = cu_seqlens_q.data_ptr() if cu_seqlens_q is not None else 0
     sink_ptr = attn_sink.data_ptr() if attn_sink is not None else 0
     empty_lse = -math.inf if empty_lse_neg_inf else math.inf
     num_splits_ptr, out_ptr, lse_ptr = num_splits.data_ptr(), out.data_ptr(), lse.data_ptr()
 
     kernels.decode.launch(
-        (cfg.row_tiles(s_q, heads_per_kv), h_kv, partitions),
+        (tiles, h_kv, partitions),
         stream,
+        q_map,
         _k_map(k_cache),
-        q.data_ptr(),
-        q_stride_b,
-        q_stride_s,
-        q_stride_h,
         block_table.data_ptr(),
         block_table.stride(0),
         cache_seqlens.data_ptr(),
@@ -141,6 +128,8 @@ def decode(
         lse_ptr,
         partial_out,
         partial_lse,
+        q_group,
+        q_kv_step,
         s_q,
         heads_per_kv,
         h_q,
@@ -153,11 +142,10 @@ def decode(
         empty_lse,
     )
     if slots:
-        warps_per_row = cfg.combine_warps_per_row(rows, b)
-        kernel = kernels.combine_few if warps_per_row == 4 else kernels.combine_many
-        kernel.launch(
-            (-(-rows * warps_per_row // (cfg.COMBINE_THREADS // 32)), b, 1),
+        kernels.combine.launch(
+            (tiles * h_kv * 32, b if split_tokens else min(partitions - 1, b), 1),
             stream,
+            tile_scheduler_metadata.data_ptr(),
             num_splits_ptr,
             cu_ptr,
             sink_ptr,
@@ -165,12 +153,14 @@ def decode(
             lse_ptr,
             partial_out,
             partial_lse,
+            b,
             s_q,
             heads_per_kv,
             h_q,
             total_q,
             ragged,
             attn_sink is not None,
+            split_tokens > 0,
             empty_lse,
         )
 
@@ -179,14 +169,46 @@ def _load(device: int, dtype: torch.dtype, page: int, stream: int) -> _Decode:
     name = _DTYPE_NAMES[dtype]
     kernels = _Decode(
         mla.decode_kernel(cfg.DecodeConfig(name, page), stream),
-        mla.combine_kernel(cfg.CombineConfig(name, 4), stream),
-        mla.combine_kernel(cfg.CombineConfig(name, 1), stream),
+        mla.combine_kernel(cfg.CombineConfig(name), stream),
     )
     _decode_kernels[device, dtype, page] = kernels
     return kernels
 
 
-def _k_map(k_cache: Tensor):
+def _q_map(
+    q: Tensor, h_kv: int, s_q: int, heads_per_kv: int, ragged: bool
+) -> tuple[TensorMap, int, int, Tensor]:
+    """Tensor map that gives a tile of 64 packed rows as one box per slab; q_group and q_kv_step of DecodeArgs; the q to keep.
+
+    Packed rows (token, head) are one dimension if tokens follow each other like heads do, else a box spans heads and
+    tokens. Where neither fits (several kv heads of an odd size, unusual strides) q is copied, kv head by kv head.
+    """
+    stride_s, stride_h = q.stride()[-3:-1]
+    batch = 1 if ragged else q.shape[0]
+    tokens = q.shape[0] if ragged else s_q
+    h_q = q.shape[-2]
+    stride_b = 0 if ragged else q.stride(0)
+    aligned = q.data_ptr() % 16 == 0 and not (stride_h % 8 or stride_s % 8 or stride_b % 8)
+    if aligned and (s_q == 1 and not ragged or (h_kv == 1 and stride_s == h_q * stride_h)):
+        dims, strides, box = (h_q * tokens, 1, batch), (stride_h, stride_h, stride_b), (cfg.TILE_M, 1)
+        q_group, q_kv_step = 1 << 30, s_q * heads_per_kv
+    elif aligned and (cfg.TILE_M % heads_per_kv == 0 or heads_per_kv % cfg.TILE_M == 0):
+        heads = min(heads_per_kv, cfg.TILE_M)
+        dims, strides, box = (h_q, tokens, batch), (stride_h, stride_s, stride_b), (heads, cfg.TILE_M // heads)
+        q_group, q_kv_step = heads_per_kv, heads_per_kv
+    else:
+        q = q.unflatten(-2, (h_kv, heads_per_kv)).transpose(-4, -3).contiguous()  # ([b,] h_kv, tokens, heads, 576)
+        rows = tokens * h_q
+        dims, strides, box = (rows, 1, batch), (cfg.HEAD_DIM, cfg.HEAD_DIM, rows * cfg.HEAD_DIM), (cfg.TILE_M, 1)
+        q_group, q_kv_step = 1 << 30, tokens * heads_per_kv
+    # an extent of 1 may carry any stride, also one that the encoder would refuse
+    strides_bytes = tuple((stride if extent > 1 else cfg.HEAD_DIM) * 2 for stride, extent in zip(strides, dims))
+    dtype = _DTYPE_NAMES[q.dtype]
+    q_map = tensor_map(q.data_ptr(), dtype, (cfg.HEAD_DIM, *dims), strides_bytes, (64, *box, 1))
+    return q_map, q_group, q_kv_step, q
+
+
+def _k_map(k_cache: Tensor) -> TensorMap:
     num_pages, page, h_kv, head_dim = k_cache.shape
     stride_page, stride_row, stride_head, _ = k_cache.stride()
     if h_kv == 1:
@@ -208,13 +230,13 @@ def _max_slots(batch: int, partitions: int, max_tokens: int, split_tokens: int) 
     return cuts + min(cuts, batch)
 
 
-def _workspace(device: int, stream: int, slot_rows: int) -> tuple[int, int]:
-    """Addresses of the partial outputs and partial lse.
+def _workspace(device: int, stream: int, tiles: int) -> tuple[int, int]:
+    """Addresses of the partial outputs and the partial lse of so many row tiles.
 
     Calls on one stream run one after the other and share a workspace that only grows; a capture gets memory of its own
     from the graph's pool, because its replays may run on any stream.
     """
-    floats = slot_rows * (cfg.HEAD_DIM_V + 1)
+    floats = tiles * cfg.TILE_M * (cfg.HEAD_DIM_V + 1)
     if torch.cuda.is_current_stream_capturing():
         buffer = torch.empty(floats, dtype=torch.float32, device=torch.device("cuda", device))
     else:
@@ -224,4 +246,4 @@ def _workspace(device: int, stream: int, slot_rows: int) -> tuple[int, int]:
             _workspaces[device, stream] = cached
         buffer = cached
     address = buffer.data_ptr()
-    return address, address + slot_rows * cfg.HEAD_DIM_V * 4
+    return address, address + tiles * cfg.TILE_M * cfg.HEAD_DIM_V * 4

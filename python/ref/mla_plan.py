@@ -20,7 +20,9 @@ from torch import Tensor
 BLOCK = 64  # tokens
 VISIT_COST = 4  # blocks; mirrored in cute_kernels/mla/config.py, which imports no torch
 ROW_TILE = 64  # rows (query token, query head) of one CTA
-METADATA_COLUMNS = 8  # a Record, then 0, 0, 0
+METADATA_COLUMNS = 8  # a Record, then the two columns below and 0
+SPLIT_REQ = 5  # row i: the i-th request that is cut (as many as there are rows), b behind the last
+SEQLEN = 6  # length of the record's first request
 
 Record = tuple[int, int, int, int, int]  # begin_req, begin_block, end_req, end_block, begin_split
 
@@ -87,8 +89,12 @@ def plan_tensors(lengths: list[int], partitions: int, rows: int, split_tokens: i
     _, records, pieces = schedule(lengths, partitions, rows, split_tokens)
     metadata = torch.zeros((partitions, METADATA_COLUMNS), dtype=torch.int32)
     metadata[:, 0] = metadata[:, 2] = len(lengths)
+    metadata[:, SPLIT_REQ] = len(lengths)
     if records:
         metadata[: len(records), :5] = torch.tensor(records, dtype=torch.int32)
+        metadata[: len(records), SEQLEN] = torch.tensor([lengths[record[0]] for record in records], dtype=torch.int32)
+    split = [request for request, n in enumerate(pieces) if n > 1][:partitions]
+    metadata[: len(split), SPLIT_REQ] = torch.tensor(split, dtype=torch.int32)
     slots = torch.tensor([0] + [n if n > 1 else 0 for n in pieces], dtype=torch.int32)
     return metadata, slots.cumsum(0, dtype=torch.int32)
 
@@ -102,9 +108,10 @@ def mla_plan(
     s_q: query tokens per sequence (the bound max_seqlen_q when ragged).  h_q, h_kv: query and kv heads.
     num_sms: SMs the call may fill.  split_tokens: 0 or the fixed piece length in tokens, a multiple of 64.
 
-    Returns (tile_scheduler_metadata int32 (P, 8): a record per partition, then 0, 0, 0; unused partitions begin and end
-    at (b, 0); num_splits int32 (b + 1,): exclusive prefix sum of partial-result slots, where a request in one piece
-    needs none and one in n >= 2 pieces needs n).
+    Returns tile_scheduler_metadata int32 (P, 8): a record per partition, of which unused ones begin and end at (b, 0),
+    then the requests that are cut (column 5, independent of the record beside it), the length of the record's first
+    request, and 0; num_splits int32 (b + 1,): exclusive prefix sum of partial-result slots, where a request in one
+    piece needs none and one in n >= 2 pieces needs n.
     """
     partitions = num_partitions(s_q, h_q, h_kv, num_sms)
     metadata, num_splits = plan_tensors(cache_seqlens.tolist(), partitions, s_q * (h_q // h_kv), split_tokens)

@@ -19,9 +19,9 @@ PROBE = ("cutehop.cute_kernels.jit.probe",)
 def cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("CUTEHOP_CACHE_DIR", str(tmp_path / "unused"))  # build() changes it; this puts it back
     monkeypatch.setenv("CUTEHOP_CACHE", "1")
-    store._own_source_hash.cache_clear()
+    store.own_source_hash.cache_clear()
     yield
-    store._own_source_hash.cache_clear()
+    store.own_source_hash.cache_clear()
 
 
 def test_build_then_list(tmp_path, capsys):
@@ -31,7 +31,7 @@ def test_build_then_list(tmp_path, capsys):
     assert len(list(out.glob("*/jit.probe.probe_kernel-*.zip"))) == 1
     assert aot.main(["list", "--out", str(out)]) == 0
     listed = capsys.readouterr().out
-    assert f"src{store._own_source_hash()}  (made from the sources of this package)" in listed
+    assert f"src{store.own_source_hash()}  (made from the sources of this package)" in listed
     assert "jit.probe.probe_kernel ProbeConfig(ints=2" in listed
     assert "264 bytes smem" in listed
 

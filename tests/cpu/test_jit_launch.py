@@ -6,6 +6,7 @@ import ctypes
 import struct
 
 import pytest
+import torch
 from cuda.bindings import driver as real
 
 from cutehop.cute_kernels.errors import CompileInCaptureError
@@ -238,6 +239,12 @@ def test_thread_without_a_context_gets_the_primary_one(cuda):
     cuda.device = None
     assert driver.current_device() == 0
     assert cuda.device == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a driver")
+def test_machine_without_a_driver():
+    with pytest.raises(RuntimeError, match=r"launching a kernel needs the NVIDIA driver|^cuInit: CUDA_ERROR_"):
+        tensor_map(**(GOOD | {"ptr": 65536}))
 
 
 # ---- tensor maps ---------------------------------------------------------------------------------------------------

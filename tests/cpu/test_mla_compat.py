@@ -21,8 +21,8 @@ def inputs():
 def test_positional_order_is_flash_mlas():
     assert list(inspect.signature(flash_mla.flash_mla_with_kvcache).parameters) == [
         "q", "k_cache", "block_table", "cache_seqlens", "head_dim_v", "tile_scheduler_metadata", "num_splits",
-        "softmax_scale", "causal", "is_fp8_kvcache", "indices", "attn_sink", "extra_k_cache", "extra_indices_in_kvcache",
-        "topk_length", "extra_topk_length",
+        "softmax_scale", "causal", "is_fp8_kvcache", "indices", "attn_sink", "extra_k_cache",
+        "extra_indices_in_kvcache", "topk_length", "extra_topk_length",
     ]  # fmt: skip
     assert list(inspect.signature(flash_mla.get_mla_metadata).parameters) == [
         "cache_seqlens", "num_q_tokens_per_head_k", "num_heads_k", "num_heads_q", "is_fp8_kvcache", "topk",

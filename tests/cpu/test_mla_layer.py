@@ -217,6 +217,16 @@ def test_append_refuses_and_changes_nothing(tokens, message):
     assert cache.num_free_pages == 7
 
 
+def test_a_step_that_leaves_tokens_out_is_refused():
+    cache = PagedMlaCache(1, 8, 2, 100)
+    cache.append({0: 3, 1: 1})
+    with pytest.raises(ValueError, match=r"sequence 0 gained 3 tokens, the step has 2 for sequences all"):
+        cache.plan_step(HEADS, 2)
+    with pytest.raises(ValueError, match=r"sequence 1 gained 1 tokens, the step has 3 for sequences \[0\]"):
+        cache.plan_step(HEADS, 3, seqs=[0])
+    assert cache.plan_step(HEADS, 3).positions.shape == (2, 3)
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

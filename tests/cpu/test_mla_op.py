@@ -143,8 +143,9 @@ def test_bad_argument_under_fake_tensors(entry):
 
 
 def test_device_mismatch():
+    real = arguments("cpu")
     with FakeTensorMode() as mode:
-        correct = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in arguments("cpu").items()}
+        correct = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in real.items()}
         for name in ("k_cache", "block_table", "cache_seqlens", *OUTPUTS):
             moved = {**correct, name: torch.empty_like(correct[name], device="cuda")}
             with pytest.raises(Exception, match=r"device|on cuda"):
@@ -220,8 +221,9 @@ class TestValidate:
             self.call(inputs)
 
     def test_plan_of_other_lengths(self, inputs):
-        plan = inputs.plan()
-        inputs.cache_seqlens[0] = 0
+        case = inputs.case
+        longer = inputs.cache_seqlens + 640
+        plan = torch.ops.cutehop.mla_plan(longer, case.s_q, case.h_q, case.h_kv, split_tokens=case.split_tokens)
         with pytest.raises(ValueError, match="belong to other lengths"):
             self.call(inputs, plan)
 

@@ -86,7 +86,11 @@ def test_tensors_mirror_the_schedule():
     assert metadata.dtype == num_splits.dtype == torch.int32
     assert metadata[: len(records), :5].tolist() == [list(r) for r in records]
     assert metadata[len(records) :, :5].tolist() == [[4, 0, 4, 0, 0]] * (66 - len(records))
-    assert not metadata[:, 5:].any()
+    cut = [i for i, n in enumerate(counts) if n > 1]
+    assert metadata[:, planner.SPLIT_REQ].tolist() == cut + [4] * (66 - len(cut))
+    assert metadata[: len(records), planner.SEQLEN].tolist() == [lengths[r[0]] for r in records]
+    assert not metadata[len(records) :, planner.SEQLEN].any()
+    assert not metadata[:, 7].any()
     slots = [n if n > 1 else 0 for n in counts]
     assert num_splits.tolist() == [sum(slots[:i]) for i in range(5)]
     assert max(counts) > 1, "the long request should be cut"

@@ -28,7 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where an sm_90 GPU is, else cpu")
-    device = torch.device(parser.parse_args(argv).device or ("cuda" if _has_sm90() else "cpu"))
+    choice = parser.parse_args(argv).device
+    if choice == "cuda" and not _has_sm90():
+        parser.error("--device cuda: there is no SM90 GPU here; leave the option out to run the CPU reference")
+    device = torch.device(choice or ("cuda" if _has_sm90() else "cpu"))
     agrees = _generate_and_compare(device)
     kernels_right = device.type == "cpu" or _run_kernels(device)
     return 0 if agrees and kernels_right else 1
