@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -86,7 +88,7 @@ def flash_mla_with_kvcache(
             f"flash_mla_with_kvcache: head_dim_v {head_dim_v}, supported {HEAD_DIM_V}; V is K's first 512 columns"
         )
     tensors = (q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
-    options = {
+    options: dict[str, Any] = {
         "softmax_scale": HEAD_DIM**-0.5 if softmax_scale is None else softmax_scale,
         "causal": causal,
         "attn_sink": attn_sink,

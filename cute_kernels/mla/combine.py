@@ -2,9 +2,10 @@
 
     M = max_j lse_j,  w_j = 2^(lse_j - M),  out = sum_j w_j O_j / (sum_j w_j + 2^(sink - M))
 
-Grid (row tiles x 32, split sequences), 256 threads. A CTA owns 16 rows x 64 columns, a warp 8 of the columns: the piece of
-accumulator layout that one warp of the decode kernel stored with one instruction. Pieces are taken a chunk at a time with
-all loads in flight, the running maximum as in online softmax. Bound by reading the partial results from L2.
+Only for sequences in more pieces than the decode kernel merges itself. Grid (row tiles x 32, sequences), 256 threads. A CTA
+owns 16 rows x 64 columns, a warp 8 of the columns: the piece of accumulator layout that one warp of the decode kernel
+stored with one instruction. Pieces are taken a chunk at a time with all loads in flight, the running maximum as in online
+softmax. Bound by reading the partial results from L2.
 """
 
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ from ..jit import Program
 from ..sm90 import ptx
 from ..sm90.args import fake_args, param_kinds
 from ..sm90.gmem import load_f32, load_i32, store_f32
-from .config import COMBINE_THREADS, HEAD_DIM_V, SPLIT_REQ, TILE_M, CombineConfig
+from .config import COMBINE_REQ, COMBINE_THREADS, HEAD_DIM_V, MERGE_MAX, TILE_M, CombineConfig
 from .decode import LN2, LOG2E
 
-FEW, MANY = 4, 16  # pieces per chunk
+CHUNK = 16  # pieces loaded before the first use
 NEG_BIG = -1e30  # finite start of the running maximum
 
 
@@ -45,7 +46,8 @@ class CombineArgs:
     total_q: Int32
     ragged: Int32
     has_sink: Int32
-    fixed_splits: Int32  # 0: the plan lists the split sequences; else blockIdx.y is the sequence
+    listed: Int32  # 1: the plan lists the sequences to combine; 0: look at every sequence (fixed splits)
+    count: Int32  # entries of the list, or sequences
     empty_lse: Float32
 
 
@@ -71,14 +73,19 @@ class MlaCombine:
         sm = SmemAllocator().allocate(self.Smem)
         staged = sm.out.get_tensor(cute.make_layout((16, 32), stride=(32, 1)))
         # The plan was complete before the decode kernel, which this one may overlap, began to run.
-        req = index
-        if a.fixed_splits == 0:
-            req = load_i32(a.plan, index * 8 + SPLIT_REQ)
-        if req < a.batch:
-            slot = load_i32(a.num_splits, req)
-            pieces = load_i32(a.num_splits, req + 1) - slot
-            if pieces > 0:
-                self.merge(a, staged, req, slot, pieces, group)
+        _, step, _ = cute.arch.grid_dim()
+        while index < a.count:
+            req = index
+            if a.listed != 0:
+                req = load_i32(a.plan, index * 8 + COMBINE_REQ)
+            index += step
+            if req < a.batch:
+                slot = load_i32(a.num_splits, req)
+                pieces = load_i32(a.num_splits, req + 1) - slot
+                if pieces > MERGE_MAX:
+                    self.merge(a, staged, req, slot, pieces, group)
+            else:
+                index = a.count
 
     @cute.jit
     def merge(self, a: CombineArgs, staged: cute.Tensor, req: Int32, slot: Int32, pieces: Int32, group: Int32):
@@ -111,11 +118,8 @@ class MlaCombine:
             acc.fill(0.0)
             top.fill(NEG_BIG)
             total.fill(0.0)
-            if pieces <= FEW:
-                self.add_chunk(FEW, a, acc, top, total, values, values_step, lses, lses_step, Int32(0), pieces, lane)
-            else:
-                for first in cutlass.range(0, pieces, MANY, unroll=1):
-                    self.add_chunk(MANY, a, acc, top, total, values, values_step, lses, lses_step, first, pieces, lane)
+            for first in cutlass.range(0, pieces, CHUNK, unroll=1):
+                self.add_chunk(a, acc, top, total, values, values_step, lses, lses_step, first, pieces, lane)
             frag = cute.make_rmem_tensor(4, self.dtype)
             words = cute.recast_tensor(frag, Int32)
             for h in cutlass.range_constexpr(2):
@@ -129,7 +133,7 @@ class MlaCombine:
                     if live:
                         denominator += cute.math.exp2(load_f32(a.attn_sink, head) * LOG2E - top[h], fastmath=True)
                 seen = total[h] > 0.0
-                factor = 1.0 / denominator if seen else Float32(0.0)
+                factor = cute.arch.rcp_approx(denominator) if seen else Float32(0.0)
                 frag[2 * h] = self.dtype(acc[2 * h] * factor)
                 frag[2 * h + 1] = self.dtype(acc[2 * h + 1] * factor)
                 staged[lane // 4 + 8 * h, warp * 4 + lane % 4] = words[h]
@@ -149,21 +153,22 @@ class MlaCombine:
                 column = (decode_warp // 4) * 256 + columns * 64 + word * 2
                 address = a.out.toint() + ((Int64(token0 + token) * a.h_q + head) * HEAD_DIM_V + column) * 2
                 ptx.st_global_v2(address, staged[r, word], staged[r, word + 1])
+            cute.arch.sync_threads()  # before the next sequence is staged
 
     @cute.jit
     def add_chunk(
-        self, size: cutlass.Constexpr[int], a: CombineArgs, acc: cute.Tensor, top: cute.Tensor, total: cute.Tensor,
-        values: Int64, values_step: Int64, lses: Int64, lses_step: Int32, first: Int32, pieces: Int32, lane: Int32,
+        self, a: CombineArgs, acc: cute.Tensor, top: cute.Tensor, total: cute.Tensor, values: Int64,
+        values_step: Int64, lses: Int64, lses_step: Int32, first: Int32, pieces: Int32, lane: Int32,
     ):  # fmt: skip
-        """Add pieces first .. first + size - 1. The four lanes of a row share the work on its lse values."""
+        """Add pieces first .. first + CHUNK - 1. The four lanes of a row share the work on its lse values."""
         loaded = []
-        for u in cutlass.range_constexpr(size):
+        for u in cutlass.range_constexpr(CHUNK):
             piece = first + u if first + u < pieces else pieces - 1  # past the end: the last one again, with weight 0
             loaded.append(ptx.ld_global_v4_f32(values + Int64(piece) * values_step))
-        weights = [[None] * (size // 4) for _ in range(2)]
+        weights = [[None] * (CHUNK // 4) for _ in range(2)]
         for h in cutlass.range_constexpr(2):
             high = top[h]
-            for i in cutlass.range_constexpr(size // 4):
+            for i in cutlass.range_constexpr(CHUNK // 4):
                 piece = first + 4 * i + lane % 4
                 weights[h][i] = -Float32.inf
                 if piece < pieces:
@@ -174,7 +179,7 @@ class MlaCombine:
             shrink = cute.math.exp2(top[h] - high, fastmath=True)
             top[h] = high
             added = Float32(0.0)
-            for i in cutlass.range_constexpr(size // 4):
+            for i in cutlass.range_constexpr(CHUNK // 4):
                 weights[h][i] = cute.math.exp2(weights[h][i] - high, fastmath=True)
                 added += weights[h][i]
             added += cute.arch.shuffle_sync_bfly(added, offset=1)
@@ -182,7 +187,7 @@ class MlaCombine:
             total[h] = total[h] * shrink + added
             acc[2 * h] = acc[2 * h] * shrink
             acc[2 * h + 1] = acc[2 * h + 1] * shrink
-        for u in cutlass.range_constexpr(size):
+        for u in cutlass.range_constexpr(CHUNK):
             for h in cutlass.range_constexpr(2):
                 weight = cute.arch.shuffle_sync(weights[h][u // 4], (lane // 4) * 4 + u % 4)
                 acc[2 * h] = acc[2 * h] + weight * loaded[u][2 * h]

@@ -9,7 +9,9 @@ TILE_M = 64  # packed (token, head) rows per CTA: one wgmma M
 NUM_SLABS = HEAD_DIM // 64  # 64-column slabs of one block, 8 KiB each
 SLAB_BYTES = BLOCK * 64 * 2
 VISIT_COST = 4  # planner: what starting and finishing one piece costs, in blocks
-SPLIT_REQ = 5  # column of the plan: row i holds the i-th split sequence, or the batch size behind the last
+MERGE_MAX = 4  # sequences in at most so many pieces are merged by the decode kernel itself, others by the combine kernel
+COMBINE_REQ = 5  # column of the plan: row i holds the i-th sequence left to combine, or the batch size behind the last
+SEQLEN = 6  # column of the plan: length of the partition's first sequence
 PAGE_SIZES = (16, 32, 64, 128)
 COMBINE_THREADS = 256
 PLAN_THREADS = 32
@@ -44,6 +46,11 @@ class PlanConfig:
 def min_piece(rows: int) -> int:
     """Fewest blocks worth a piece of its own: more rows make partial results dearer to merge."""
     return 1 if rows <= TILE_M else 2
+
+
+def max_combines(batch: int, partitions: int) -> int:
+    """Most sequences a plan can leave to the combine kernel: P - 1 cuts make at most 2 (P - 1) pieces of cut sequences."""
+    return min(batch, 2 * (partitions - 1) // (MERGE_MAX + 1))
 
 
 def row_tiles(s_q: int, heads_per_kv: int) -> int:

@@ -37,7 +37,7 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hh
-from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr
+from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.cute.runtime import make_fake_compact_tensor
 from cutlass.memory import SmemAllocator
@@ -47,7 +47,7 @@ from ..jit import Program
 from ..sm90 import ptx
 from ..sm90.args import fake_args, param_kinds
 from ..sm90.gmem import load_f32, load_i32, store_f32
-from .config import BLOCK, HEAD_DIM, HEAD_DIM_V, NUM_SLABS, RESCALE_LOG2, SLAB_BYTES, TILE_M, DecodeConfig
+from .config import BLOCK, HEAD_DIM, HEAD_DIM_V, MERGE_MAX, NUM_SLABS, RESCALE_LOG2, SLAB_BYTES, TILE_M, DecodeConfig
 from .work import DecodeArgs, Piece, get_piece, load_record, next_position, not_done, partial_tile, visible_keys
 
 WG = 128
@@ -79,6 +79,7 @@ class Shared:
     scale0: cute.Tensor  # (64,) what WG0's step does to sums and outputs
     scale1: cute.Tensor  # (64,) the same for WG1
     row_sum: cute.Tensor  # (128,)
+    ticket: cute.Tensor  # (1,) this CTA's turn at a merge
     q_full: cute.Pointer
     q_empty: cute.Pointer
     k_full: cute.Pointer
@@ -102,6 +103,7 @@ class MlaDecode:
             scale0: cute.struct.MemRange[Float32, TILE_M]
             scale1: cute.struct.MemRange[Float32, TILE_M]
             row_sum: cute.struct.MemRange[Float32, 2 * TILE_M]
+            ticket: cute.struct.MemRange[Int32, 1]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, TILE_M * HEAD_DIM], 1024]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * BLOCK * HEAD_DIM], 1024]
             p0: cute.struct.Align[cute.struct.MemRange[self.dtype, TILE_M * BLOCK], 1024]
@@ -166,6 +168,7 @@ class MlaDecode:
             scale0=sm.scale0.get_tensor(cute.make_layout(TILE_M)),
             scale1=sm.scale1.get_tensor(cute.make_layout(TILE_M)),
             row_sum=sm.row_sum.get_tensor(cute.make_layout(2 * TILE_M)),
+            ticket=sm.ticket.get_tensor(cute.make_layout(1)),
             q_full=sm.q_full.data_ptr(),
             q_empty=sm.q_empty.data_ptr(),
             k_full=sm.k_full.data_ptr(),
@@ -359,12 +362,14 @@ class MlaDecode:
         req, block, split, seqlen = record.req, record.block, record.split, record.seqlen
         q_phase, phase0, phase1 = Int32(0), Int32(0), Int32(0)
         while not_done(req, block, record):
-            slot, next_slot = load_i32(a.num_splits, req), load_i32(a.num_splits, req + 1)
             piece = get_piece(a, record, tile, req, block, seqlen)
-            limit0 = visible_keys(a, piece.seqlen, piece.s_q, tile * TILE_M + row)
-            limit1 = visible_keys(a, piece.seqlen, piece.s_q, tile * TILE_M + row + 8)
             O.fill(0.0)
             L.fill(0.0)
+            # Without these the compiler keeps last piece's values alive through the epilogue, which then spills: it
+            # cannot know that what a short piece leaves unwritten is not read either.
+            S.fill(0.0)
+            P.fill(0.0)
+            Q8.fill(0.0)
             if const_expr(w == 0):
                 if t % 4 == 0:
                     s.row_max[row] = Float32(NEG_BIG)
@@ -383,38 +388,34 @@ class MlaDecode:
                 for pair in cutlass.range(piece.n // 2, unroll=1):
                     newest = piece.end - 1 - 2 * pair
                     if const_expr(w == 0):
-                        cols0 = limit0 - newest * BLOCK
-                        cols1 = limit1 - newest * BLOCK
                         masked = (newest + 1) * BLOCK > piece.min_visible
+                        key = newest * BLOCK
                         more = 2 * pair + 2 < piece.n
                         self.pair0(
                             mma, s, S, O, P, L, Q8, rQ, rK, rV_own, rV_other, rP_other, put, tPs, tPr,
-                            a.scale_log2, cols0, cols1, masked, more, phase0 ^ 1, row, t,
+                            a, piece, tile, key, masked, more, phase0 ^ 1, row, t,
                         )  # fmt: skip
                     else:
-                        cols0 = limit0 - (newest - 1) * BLOCK
-                        cols1 = limit1 - (newest - 1) * BLOCK
                         masked = newest * BLOCK > piece.min_visible
+                        key = (newest - 1) * BLOCK
                         more = 2 * pair + 3 < piece.n
                         self.pair1(
                             mma, s, S, O, P, L, Q8, rQ, rK, rV_own, rV_other, rP_other, put, tPs, tPr,
-                            a.scale_log2, cols0, cols1, masked, more, phase1 ^ 1, row, t,
+                            a, piece, tile, key, masked, more, phase1 ^ 1, row, t,
                         )  # fmt: skip
                     phase0 ^= 1
                     phase1 ^= 1
                 if piece.n % 2 == 1:
                     oldest = piece.first
                     masked = (oldest + 1) * BLOCK > piece.min_visible
-                    cols0 = limit0 - oldest * BLOCK
-                    cols1 = limit1 - oldest * BLOCK
                     if const_expr(w == 0):
-                        self.last0(mma, s, S, O, P, L, rV_own, put, tPs, tPr, a.scale_log2, cols0, cols1, masked, row, t)
+                        self.last0(mma, s, S, O, P, L, rV_own, put, tPs, tPr, a, piece, tile, oldest * BLOCK, masked, row, t)
                     else:
                         self.last1(mma, s, O, L, rP_other, rV_other, row, t)
                     phase0 ^= 1
                 if t == 0:
                     cute.arch.mbarrier_arrive(s.q_empty)
-            self.epilogue(w, a, s, O, L, piece, req, slot + split, slot == next_slot, tile, kv_head, row, t)
+            self.epilogue(w, a, s, O, L, piece, req, split, tile, kv_head, row, t)
             req, block, split, seqlen = next_position(a, record, piece, req, split)
 
     def v_columns(self, sK, v_half, stage, half):
@@ -470,9 +471,16 @@ class MlaDecode:
         warpgroup.wait_group(0)
 
     @cute.jit
-    def row_maximum(self, S: cute.Tensor, cols0: Int32, cols1: Int32, masked, t: Int32):
-        """Mask what the rows must not see, then the maximum of both rows over the four lanes that share them."""
+    def row_maximum(
+        self, S: cute.Tensor, a: DecodeArgs, piece: Piece, tile: Int32, key: Int32, masked, row: Int32, t: Int32
+    ):
+        """Mask what the rows must not see, then the maximum of both rows over the four lanes that share them.
+
+        key: index of the block's first key. masked: whether any row of the tile has a key in the block that it must not see.
+        """
         if masked:
+            cols0 = visible_keys(a, piece.seqlen, piece.s_q, tile * TILE_M + row) - key
+            cols1 = visible_keys(a, piece.seqlen, piece.s_q, tile * TILE_M + row + 8) - key
             for j in cutlass.range_constexpr(32):
                 col = (t % 4) * 2 + (j % 2) + 8 * (j // 4)
                 if col >= (cols0 if const_expr((j % 4) // 2 == 0) else cols1):
@@ -533,15 +541,15 @@ class MlaDecode:
     def pair0(
         self, mma: Mmas, s: Shared, S: cute.Tensor, O: cute.Tensor, P: cute.Tensor, L: cute.Tensor, Q8: cute.Tensor,
         rQ: cute.Tensor, rK: cute.Tensor, rV_own: cute.Tensor, rV_other: cute.Tensor, rP_other: cute.Tensor,
-        put: cute.TiledCopy, tPs: cute.Tensor, tPr: cute.Tensor, scale_log2: Float32, cols0: Int32, cols1: Int32,
-        masked, more, next_phase: Int32, row: Int32, t: Int32,
+        put: cute.TiledCopy, tPs: cute.Tensor, tPr: cute.Tensor, a: DecodeArgs, piece: Piece, tile: Int32,
+        key: Int32, masked, more, next_phase: Int32, row: Int32, t: Int32,
     ):  # fmt: skip
         """WG0's share of one pair of blocks; S of the even block is ready on entry and, if there is more, on return."""
-        mx = self.row_maximum(S, cols0, cols1, masked, t)
-        new_max, factor = self.update_max(s, s.scale0, mx, scale_log2, row, t)
+        mx = self.row_maximum(S, a, piece, tile, key, masked, row, t)
+        new_max, factor = self.update_max(s, s.scale0, mx, a.scale_log2, row, t)
         cute.arch.barrier_arrive(barrier_id=BAR_MAX0, number_of_threads=2 * WG)
         self.rescale(O, L, factor[0], factor[1])
-        self.exponentials(S, P, L, new_max, scale_log2)
+        self.exponentials(S, P, L, new_max, a.scale_log2)
         ptx.pin_registers(cute.recast_tensor(P, Int32))
         self.issue_pv(mma.pv_rs, O, P, rV_own)  # O_L += P0 V0_L
         warpgroup.wait_group(0)
@@ -575,17 +583,17 @@ class MlaDecode:
     def pair1(
         self, mma: Mmas, s: Shared, S: cute.Tensor, O: cute.Tensor, P: cute.Tensor, L: cute.Tensor, Q8: cute.Tensor,
         rQ: cute.Tensor, rK: cute.Tensor, rV_own: cute.Tensor, rV_other: cute.Tensor, rP_other: cute.Tensor,
-        put: cute.TiledCopy, tPs: cute.Tensor, tPr: cute.Tensor, scale_log2: Float32, cols0: Int32, cols1: Int32,
-        masked, more, next_phase: Int32, row: Int32, t: Int32,
+        put: cute.TiledCopy, tPs: cute.Tensor, tPr: cute.Tensor, a: DecodeArgs, piece: Piece, tile: Int32,
+        key: Int32, masked, more, next_phase: Int32, row: Int32, t: Int32,
     ):  # fmt: skip
         """WG1's share of one pair of blocks; S of the odd block is ready on entry and, if there is more, on return."""
-        mx = self.row_maximum(S, cols0, cols1, masked, t)
+        mx = self.row_maximum(S, a, piece, tile, key, masked, row, t)
         cute.arch.barrier(barrier_id=BAR_MAX0, number_of_threads=2 * WG)
-        a0, a1 = s.scale0[row], s.scale0[row + 8]
-        new_max, factor = self.update_max(s, s.scale1, mx, scale_log2, row, t)
+        before0, before1 = s.scale0[row], s.scale0[row + 8]
+        new_max, factor = self.update_max(s, s.scale1, mx, a.scale_log2, row, t)
         cute.arch.barrier_arrive(barrier_id=BAR_MAX1, number_of_threads=2 * WG)
-        self.rescale(O, L, a0 * factor[0], a1 * factor[1])
-        self.exponentials(S, P, L, new_max, scale_log2)
+        self.rescale(O, L, before0 * factor[0], before1 * factor[1])
+        self.exponentials(S, P, L, new_max, a.scale_log2)
         cute.copy(put, tPr, tPs)
         ptx.pin_registers(cute.recast_tensor(P, Int32))
         self.issue_pv(mma.pv_rs, O, P, rV_own)  # O_R += P1 V1_R
@@ -605,15 +613,15 @@ class MlaDecode:
     @cute.jit
     def last0(
         self, mma: Mmas, s: Shared, S: cute.Tensor, O: cute.Tensor, P: cute.Tensor, L: cute.Tensor, rV_own: cute.Tensor,
-        put: cute.TiledCopy, tPs: cute.Tensor, tPr: cute.Tensor, scale_log2: Float32, cols0: Int32, cols1: Int32,
-        masked, row: Int32, t: Int32,
+        put: cute.TiledCopy, tPs: cute.Tensor, tPr: cute.Tensor, a: DecodeArgs, piece: Piece, tile: Int32,
+        key: Int32, masked, row: Int32, t: Int32,
     ):  # fmt: skip
         """The odd block at the end of a piece: WG0 alone owns its scores, WG1 only multiplies."""
-        mx = self.row_maximum(S, cols0, cols1, masked, t)
-        new_max, factor = self.update_max(s, s.scale0, mx, scale_log2, row, t)
+        mx = self.row_maximum(S, a, piece, tile, key, masked, row, t)
+        new_max, factor = self.update_max(s, s.scale0, mx, a.scale_log2, row, t)
         cute.arch.barrier_arrive(barrier_id=BAR_MAX0, number_of_threads=2 * WG)
         self.rescale(O, L, factor[0], factor[1])
-        self.exponentials(S, P, L, new_max, scale_log2)
+        self.exponentials(S, P, L, new_max, a.scale_log2)
         cute.copy(put, tPr, tPs)
         cute.arch.fence_view_async_shared()
         cute.arch.barrier_arrive(barrier_id=BAR_P0, number_of_threads=2 * WG)
@@ -641,24 +649,118 @@ class MlaDecode:
     @cute.jit
     def epilogue(
         self, w: cutlass.Constexpr[int], a: DecodeArgs, s: Shared, O: cute.Tensor, L: cute.Tensor, piece: Piece,
-        req: Int32, slot: Int32, whole, tile: Int32, kv_head: Int32, row: Int32, t: Int32,
+        req: Int32, split: Int32, tile: Int32, kv_head: Int32, row: Int32, t: Int32,
     ):  # fmt: skip
         """Divide by the row sums and store straight from registers, so that Q and K of the next piece keep streaming in."""
+        slot = load_i32(a.num_splits, req)
+        pieces = load_i32(a.num_splits, req + 1) - slot
         for h in cutlass.range_constexpr(2):
             total = L[h] + cute.arch.shuffle_sync_bfly(L[h], offset=1)
             total += cute.arch.shuffle_sync_bfly(total, offset=2)
             if t % 4 == 0:
                 s.row_sum[w * TILE_M + row + 8 * h] = total
-        m = [s.row_max[row], s.row_max[row + 8]]
+        m = cute.make_rmem_tensor(2, Float32)
+        total = cute.make_rmem_tensor(2, Float32)
+        m[0], m[1] = s.row_max[row], s.row_max[row + 8]
         cute.arch.barrier(barrier_id=BAR_SYNC, number_of_threads=2 * WG)
-        total = [s.row_sum[row + 8 * h] + s.row_sum[row + 8 * h + TILE_M] for h in range(2)]
+        total[0] = s.row_sum[row] + s.row_sum[row + TILE_M]
+        total[1] = s.row_sum[row + 8] + s.row_sum[row + 8 + TILE_M]
         cute.arch.barrier(barrier_id=BAR_SYNC, number_of_threads=2 * WG)  # the next piece may overwrite the statistics
         rows = piece.s_q * a.heads_per_kv - tile * TILE_M
+        whole = pieces == 0
+        if pieces > 0:
+            self.normalize(O, m, total)
+            if pieces > MERGE_MAX:
+                self.store_partial(w, a, O, m, partial_tile(a, slot + split, tile, kv_head), row, rows, t)
+            else:
+                whole = self.merge(w, a, s, O, m, total, slot, split, pieces, tile, kv_head, row, rows, t)
         if whole:
             for h in cutlass.range_constexpr(2):
                 self.store_whole(w, a, O, h, m[h], total[h], piece, req, tile, kv_head, row + 8 * h, rows, t)
-        else:
-            self.store_partial(w, a, O, m, total, partial_tile(a, slot, tile, kv_head), row, rows, t)
+
+    @cute.jit
+    def normalize(self, O: cute.Tensor, m: cute.Tensor, total: cute.Tensor):
+        """Divide by the row sums: from here on m is the lse in base 2 and the sum is 1, or 0 where nothing was visible."""
+        for h in cutlass.range_constexpr(2):
+            seen = total[h] > 0.0
+            factor = cute.arch.rcp_approx(total[h]) if seen else Float32(0.0)
+            m[h] = m[h] + cute.math.log2(total[h], fastmath=True) if seen else -Float32.inf
+            total[h] = Float32(1.0) if seen else Float32(0.0)
+            for j in cutlass.range_constexpr(64):
+                i = (j // 2) * 4 + 2 * h + j % 2
+                O[i] = O[i] * factor
+
+    @cute.jit
+    def merge(
+        self, w: cutlass.Constexpr[int], a: DecodeArgs, s: Shared, O: cute.Tensor, m: cute.Tensor, total: cute.Tensor,
+        slot: Int32, split: Int32, pieces: Int32, tile: Int32, kv_head: Int32, row: Int32, rows: Int32, t: Int32,
+    ):  # fmt: skip
+        """Climb the binary tree over a sequence's pieces. True for the CTA that ends up with all of it in its registers.
+
+        At every node the CTA that comes first stores its half and leaves, the second adds it to its own. Both orders give
+        the same bits, so the result does not depend on timing. The second waits only for a CTA that is already storing;
+        nobody waits for a CTA that may not be running. A node's ticket counts 1 per arrival and 2 for "stored", and is
+        put back to 0 by the second.
+        """
+        index, level, width = split, Int32(0), pieces
+        alive = Boolean(True)
+        while alive & (width > 1):
+            if (index ^ 1) < width:
+                right = (index | 1) << level  # the first piece of the right half names the node
+                ticket = a.tickets + partial_tile(a, slot + right, tile, kv_head)
+                leader = (t == 0) if const_expr(w == 0) else Boolean(False)
+                if leader:
+                    s.ticket[0] = cute.arch.atomic_add(ticket, Int32(1), sem="acq_rel", scope="gpu")
+                cute.arch.barrier(barrier_id=BAR_SYNC, number_of_threads=2 * WG)
+                first = s.ticket[0] == 0
+                if first:
+                    own = partial_tile(a, slot + (index << level), tile, kv_head)
+                    self.store_partial(w, a, O, m, own, row, rows, t)
+                    cute.arch.barrier(barrier_id=BAR_SYNC, number_of_threads=2 * WG)
+                    if leader:
+                        cute.arch.fence_acq_rel_gpu()
+                        cute.arch.atomic_add(ticket, Int32(2), sem="release", scope="gpu")
+                    alive = Boolean(False)
+                else:
+                    if leader:
+                        while cute.arch.load(ticket, Int32, sem="acquire", scope="gpu") != 4:
+                            pass
+                        cute.arch.store(ticket, Int32(0), sem="relaxed", scope="gpu")
+                    cute.arch.barrier(barrier_id=BAR_SYNC, number_of_threads=2 * WG)
+                    other = partial_tile(a, slot + ((index ^ 1) << level), tile, kv_head)
+                    self.add_partial(w, a, O, m, total, other, row, rows, t)
+            index, level, width = index >> 1, level + 1, (width + 1) >> 1
+        return alive
+
+    @cute.jit
+    def add_partial(
+        self, w: cutlass.Constexpr[int], a: DecodeArgs, O: cute.Tensor, m: cute.Tensor, total: cute.Tensor, tile_index: Int32,
+        row: Int32, rows: Int32, t: Int32,
+    ):  # fmt: skip
+        """The softmax-weighted mean of this CTA's normalized result and a stored one."""
+        if (t // 32) * 16 < rows:
+            base = a.partial_out.toint() + ((Int64(tile_index) * 8 + w * 4 + t // 32) * 32 * 32 + t % 32) * 16
+            mine, theirs = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
+            for h in cutlass.range_constexpr(2):
+                lse = load_f32(a.partial_lse, Int64(tile_index) * TILE_M + row + 8 * h)
+                top = cute.arch.fmax(m[h], lse)
+                seen = top > -Float32.inf
+                top = top if seen else Float32(0.0)
+                mine[h] = cute.math.exp2(m[h] - top, fastmath=True)
+                theirs[h] = cute.math.exp2(lse - top, fastmath=True)
+                both = mine[h] + theirs[h]
+                factor = cute.arch.rcp_approx(both) if seen else Float32(0.0)
+                mine[h] = mine[h] * factor
+                theirs[h] = theirs[h] * factor
+                m[h] = top + cute.math.log2(both, fastmath=True) if seen else -Float32.inf
+                total[h] = Float32(1.0) if seen else Float32(0.0)
+            for part in cutlass.range_constexpr(4):
+                cute.arch.sync_warp()  # ptxas would move all the loads up here, and spill
+                loaded = [ptx.ld_global_v4_f32(base + (part * 8 + j) * 512) for j in range(8)]
+                for j in cutlass.range_constexpr(8):
+                    for i in cutlass.range_constexpr(4):
+                        k = (part * 8 + j) * 4 + i
+                        O[k] = ptx.weighted_sum(O[k], mine[i // 2], loaded[j][i], theirs[i // 2])
 
     @cute.jit
     def store_whole(
@@ -674,7 +776,7 @@ class MlaDecode:
         if a.has_sink != 0:
             if row < rows:
                 denominator += cute.math.exp2(load_f32(a.attn_sink, head) * LOG2E - m, fastmath=True)
-        factor = 1.0 / denominator if seen else Float32(0.0)
+        factor = cute.arch.rcp_approx(denominator) if seen else Float32(0.0)
         out_row = a.out.toint() + (Int64(piece.token0 + token) * a.h_q + head) * (HEAD_DIM_V * 2)
         self.store_row(w, O, h, factor, out_row, row < rows, t)
         if const_expr(w == 0):
@@ -705,23 +807,18 @@ class MlaDecode:
 
     @cute.jit
     def store_partial(
-        self, w: cutlass.Constexpr[int], a: DecodeArgs, O: cute.Tensor, m, total, tile_index: Int32, row: Int32,
+        self, w: cutlass.Constexpr[int], a: DecodeArgs, O: cute.Tensor, lse: cute.Tensor, tile_index: Int32, row: Int32,
         rows: Int32, t: Int32,
     ):  # fmt: skip
-        """Accumulators as they lie in the registers: each store of a warp fills 512 adjacent bytes."""
-        factor = [1.0 / total[h] if total[h] > 0.0 else Float32(0.0) for h in range(2)]
+        """A normalized result as it lies in the registers: each store of a warp fills 512 adjacent bytes."""
         if (t // 32) * 16 < rows:  # else the whole warp has nothing but padding
             base = a.partial_out.toint() + ((Int64(tile_index) * 8 + w * 4 + t // 32) * 32 * 32 + t % 32) * 16
             for j in cutlass.range_constexpr(32):
-                ptx.st_global_v4_f32(
-                    base + j * 512, O[4 * j] * factor[0], O[4 * j + 1] * factor[0], O[4 * j + 2] * factor[1], O[4 * j + 3] * factor[1]
-                )  # fmt: skip
+                ptx.st_global_v4_f32(base + j * 512, O[4 * j], O[4 * j + 1], O[4 * j + 2], O[4 * j + 3])
             if const_expr(w == 0):
                 if t % 4 == 0:
-                    for h in cutlass.range_constexpr(2):
-                        lse = m[h] + cute.math.log2(total[h], fastmath=True)
-                        index = Int64(tile_index) * TILE_M + row + 8 * h
-                        store_f32(a.partial_lse, index, lse if total[h] > 0.0 else -Float32.inf)
+                    store_f32(a.partial_lse, Int64(tile_index) * TILE_M + row, lse[0])
+                    store_f32(a.partial_lse, Int64(tile_index) * TILE_M + row + 8, lse[1])
 
 
 def program(config: DecodeConfig) -> Program:

@@ -16,7 +16,7 @@ from cutlass import Int32, const_expr
 from ..jit import Program
 from ..sm90.args import fake_args, param_kinds
 from ..sm90.gmem import load_i32, store_i32
-from .config import PLAN_THREADS, SPLIT_REQ, VISIT_COST, PlanConfig
+from .config import COMBINE_REQ, MERGE_MAX, PLAN_THREADS, SEQLEN, VISIT_COST, PlanConfig
 from .work import num_blocks
 
 
@@ -68,7 +68,7 @@ class MlaPlan:
             used = self.fill(True, a, width)
             for part in cutlass.range(used, a.partitions, unroll=1):
                 for i in cutlass.range_constexpr(8):
-                    if const_expr(i != SPLIT_REQ):
+                    if const_expr(i != COMBINE_REQ):
                         store_i32(a.plan, part * 8 + i, a.batch if const_expr(i in (0, 2)) else Int32(0))
 
     @cute.jit
@@ -78,7 +78,7 @@ class MlaPlan:
         if const_expr(write):
             self.begin(a, part, Int32(0), Int32(0), Int32(0))
             store_i32(a.num_splits, 0, slots)
-        split_reqs = Int32(0)
+        combines = Int32(0)
         for req in cutlass.range(a.batch, unroll=1):
             blocks = num_blocks(load_i32(a.cache_seqlens, req))
             done, pieces = Int32(0), Int32(0)
@@ -118,21 +118,20 @@ class MlaPlan:
                     part += 1
                     credit = width
             if const_expr(write):
-                if pieces > 1:
-                    slots += pieces
-                    if split_reqs < a.partitions:
-                        store_i32(a.plan, split_reqs * 8 + SPLIT_REQ, req)
-                    split_reqs += 1
+                slots += pieces if pieces > 1 else Int32(0)
+                if (pieces > MERGE_MAX) & (combines < a.partitions):
+                    store_i32(a.plan, combines * 8 + COMBINE_REQ, req)
+                    combines += 1
                 store_i32(a.num_splits, req + 1, slots)
         if const_expr(write):
             self.end(a, part, a.batch, Int32(0))
-            for i in cutlass.range(split_reqs, a.partitions, unroll=1):
-                store_i32(a.plan, i * 8 + SPLIT_REQ, a.batch)
+            for i in cutlass.range(combines, a.partitions, unroll=1):
+                store_i32(a.plan, i * 8 + COMBINE_REQ, a.batch)
         return part + 1
 
     def begin(self, a, part, req, block, split):
         seqlen = load_i32(a.cache_seqlens, req)
-        for field, value in ((0, req), (1, block), (4, split), (6, seqlen), (7, Int32(0))):
+        for field, value in ((0, req), (1, block), (4, split), (SEQLEN, seqlen), (7, Int32(0))):
             store_i32(a.plan, part * 8 + field, value)
 
     def end(self, a, part, req, block):

@@ -6,7 +6,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
 from ..sm90.gmem import load_i32
-from .config import BLOCK, TILE_M
+from .config import BLOCK, SEQLEN, TILE_M
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class DecodeArgs:
     lse: cute.Pointer  # float32 (b, h_q, s_q) or (h_q, total_q)
     partial_out: cute.Pointer  # float32 (slots, tiles, 8 warps, 32, 32 lanes, 4): accumulators, divided by the piece's sum
     partial_lse: cute.Pointer  # float32 (slots, tiles, 64 rows), base 2; -inf for a piece without visible keys
+    tickets: cute.Pointer  # int32 (slots, tiles): 0 between launches, see decode.MlaDecode.merge
     q_group: Int32  # packed rows of a tile per token coordinate of the Q map; 1 << 30 if packed rows are one dimension
     q_kv_step: Int32  # head coordinates from one kv head to the next
     s_q: Int32  # tokens per sequence; with cu_seqlens_q their upper bound
@@ -51,7 +52,7 @@ class Record:
 
 
 def load_record(a: DecodeArgs, part):
-    fields = [load_i32(a.plan, part * 8 + i) for i in (0, 1, 2, 3, 4, 6)]
+    fields = [load_i32(a.plan, part * 8 + i) for i in (0, 1, 2, 3, 4, SEQLEN)]
     return Record(*fields)
 
 

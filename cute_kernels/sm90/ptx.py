@@ -44,3 +44,12 @@ def pin_registers(frag32):
     """
     for j in range(cute.size(frag32)):
         frag32[j] = cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[frag32[j]])
+
+
+def weighted_sum(a, wa, b, wb):
+    """a * wa + b * wb with every step rounded, so that swapping (a, wa) with (b, wb) gives the same bits (no fma)."""
+    return cute.arch.inline_ptx(
+        "{ .reg .f32 x, y; mul.rn.f32 x, {$r0}, {$r1}; mul.rn.f32 y, {$r2}, {$r3}; add.rn.f32 {$w0}, x, y; }",
+        write_only_types=[Float32],
+        read_only_args=[a, wa, b, wb],
+    )

@@ -18,6 +18,8 @@ from cutehop.cute_kernels.mla import config as cfg
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _LOG2E = math.log2(math.e)
+_COMBINE_CTAS = 512  # more would only take turns: a CTA goes on to the next sequence
+_CAPTURE_TICKETS = 4 << 20  # int32 per device, for captured calls
 
 
 class _Decode(NamedTuple):
@@ -26,7 +28,8 @@ class _Decode(NamedTuple):
 
 
 _decode_kernels: dict[tuple[int, torch.dtype, int], _Decode] = {}
-_workspaces: dict[tuple[int, int], Tensor] = {}
+_workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+_capture_tickets: dict[int, tuple[Tensor, int]] = {}  # per device: zeros, and how many are taken
 
 
 def plan(
@@ -106,7 +109,7 @@ def decode(
     tiles = cfg.row_tiles(s_q, heads_per_kv)
     q_map, q_group, q_kv_step, q = _q_map(q, h_kv, s_q, heads_per_kv, ragged)
     slots = _max_slots(b, partitions, block_table.shape[1] * page, split_tokens)
-    partial_out, partial_lse = _workspace(device, stream, slots * tiles * h_kv) if slots else (0, 0)
+    partial_out, partial_lse, tickets = _workspace(device, stream, slots * tiles * h_kv) if slots else (0, 0, 0)
     cu_ptr = cu_seqlens_q.data_ptr() if cu_seqlens_q is not None else 0
     sink_ptr = attn_sink.data_ptr() if attn_sink is not None else 0
     empty_lse = -math.inf if empty_lse_neg_inf else math.inf
@@ -128,6 +131,7 @@ def decode(
         lse_ptr,
         partial_out,
         partial_lse,
+        tickets,
         q_group,
         q_kv_step,
         s_q,
@@ -141,9 +145,10 @@ def decode(
         softmax_scale * _LOG2E,
         empty_lse,
     )
-    if slots:
+    combines = b if split_tokens else cfg.max_combines(b, partitions)
+    if combines:
         kernels.combine.launch(
-            (tiles * h_kv * 32, b if split_tokens else min(partitions - 1, b), 1),
+            (tiles * h_kv * 32, min(combines, max(_COMBINE_CTAS // (tiles * h_kv * 32), 1)), 1),
             stream,
             tile_scheduler_metadata.data_ptr(),
             num_splits_ptr,
@@ -160,7 +165,8 @@ def decode(
             total_q,
             ragged,
             attn_sink is not None,
-            split_tokens > 0,
+            split_tokens == 0,
+            combines,
             empty_lse,
         )
 
@@ -171,6 +177,8 @@ def _load(device: int, dtype: torch.dtype, page: int, stream: int) -> _Decode:
         mla.decode_kernel(cfg.DecodeConfig(name, page), stream),
         mla.combine_kernel(cfg.CombineConfig(name), stream),
     )
+    if device not in _capture_tickets:
+        _capture_tickets[device] = torch.zeros(_CAPTURE_TICKETS, dtype=torch.int32, device=torch.device("cuda", device)), 0
     _decode_kernels[device, dtype, page] = kernels
     return kernels
 
@@ -230,20 +238,34 @@ def _max_slots(batch: int, partitions: int, max_tokens: int, split_tokens: int) 
     return cuts + min(cuts, batch)
 
 
-def _workspace(device: int, stream: int, tiles: int) -> tuple[int, int]:
-    """Addresses of the partial outputs and the partial lse of so many row tiles.
+def _workspace(device: int, stream: int, tiles: int) -> tuple[int, int, int]:
+    """Addresses of the partial outputs, the partial lse and the tickets of so many row tiles.
 
-    Calls on one stream run one after the other and share a workspace that only grows; a capture gets memory of its own
-    from the graph's pool, because its replays may run on any stream.
+    Calls on one stream run one after the other and share a workspace that only grows; a capture gets one of its own,
+    because its replays may run on any stream. Tickets must be zero before the first launch; every launch leaves them so.
     """
     floats = tiles * cfg.TILE_M * (cfg.HEAD_DIM_V + 1)
     if torch.cuda.is_current_stream_capturing():
         buffer = torch.empty(floats, dtype=torch.float32, device=torch.device("cuda", device))
+        tickets = _take_capture_tickets(device, tiles)
     else:
         cached = _workspaces.get((device, stream))
-        if cached is None or cached.numel() < floats:
-            cached = torch.empty(floats, dtype=torch.float32, device=torch.device("cuda", device))
+        if cached is None or cached[1].numel() < tiles:
+            cuda = torch.device("cuda", device)
+            cached = torch.empty(floats, dtype=torch.float32, device=cuda), torch.zeros(tiles, dtype=torch.int32, device=cuda)
             _workspaces[device, stream] = cached
-        buffer = cached
+        buffer, tickets = cached
     address = buffer.data_ptr()
-    return address, address + tiles * cfg.TILE_M * cfg.HEAD_DIM_V * 4
+    return address, address + tiles * cfg.TILE_M * cfg.HEAD_DIM_V * 4, tickets.data_ptr()
+
+
+def _take_capture_tickets(device: int, count: int) -> Tensor:
+    """Zeros that no other call uses, taken for good: nobody says when a graph is gone.
+
+    They come from a stock that was zeroed before any capture; when it is used up, zeroing becomes part of the graph.
+    """
+    stock, taken = _capture_tickets[device]
+    if taken + count > stock.numel():
+        return torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", device))
+    _capture_tickets[device] = stock, taken + count
+    return stock[taken : taken + count]

@@ -21,7 +21,8 @@ BLOCK = 64  # tokens
 VISIT_COST = 4  # blocks; mirrored in cute_kernels/mla/config.py, which imports no torch
 ROW_TILE = 64  # rows (query token, query head) of one CTA
 METADATA_COLUMNS = 8  # a Record, then the two columns below and 0
-SPLIT_REQ = 5  # row i: the i-th request that is cut (as many as there are rows), b behind the last
+COMBINE_REQ = 5  # row i: the i-th request in more than MERGE_MAX pieces (as many as there are rows), b behind the last
+MERGE_MAX = 4  # pieces that the decode kernel merges itself
 SEQLEN = 6  # length of the record's first request
 
 Record = tuple[int, int, int, int, int]  # begin_req, begin_block, end_req, end_block, begin_split
@@ -89,12 +90,12 @@ def plan_tensors(lengths: list[int], partitions: int, rows: int, split_tokens: i
     _, records, pieces = schedule(lengths, partitions, rows, split_tokens)
     metadata = torch.zeros((partitions, METADATA_COLUMNS), dtype=torch.int32)
     metadata[:, 0] = metadata[:, 2] = len(lengths)
-    metadata[:, SPLIT_REQ] = len(lengths)
+    metadata[:, COMBINE_REQ] = len(lengths)
     if records:
         metadata[: len(records), :5] = torch.tensor(records, dtype=torch.int32)
         metadata[: len(records), SEQLEN] = torch.tensor([lengths[record[0]] for record in records], dtype=torch.int32)
-    split = [request for request, n in enumerate(pieces) if n > 1][:partitions]
-    metadata[: len(split), SPLIT_REQ] = torch.tensor(split, dtype=torch.int32)
+    combines = [request for request, n in enumerate(pieces) if n > MERGE_MAX][:partitions]
+    metadata[: len(combines), COMBINE_REQ] = torch.tensor(combines, dtype=torch.int32)
     slots = torch.tensor([0] + [n if n > 1 else 0 for n in pieces], dtype=torch.int32)
     return metadata, slots.cumsum(0, dtype=torch.int32)
 

@@ -86,14 +86,14 @@ def test_tensors_mirror_the_schedule():
     assert metadata.dtype == num_splits.dtype == torch.int32
     assert metadata[: len(records), :5].tolist() == [list(r) for r in records]
     assert metadata[len(records) :, :5].tolist() == [[4, 0, 4, 0, 0]] * (66 - len(records))
-    cut = [i for i, n in enumerate(counts) if n > 1]
-    assert metadata[:, planner.SPLIT_REQ].tolist() == cut + [4] * (66 - len(cut))
+    combined = [i for i, n in enumerate(counts) if n > planner.MERGE_MAX]
+    assert metadata[:, planner.COMBINE_REQ].tolist() == combined + [4] * (66 - len(combined))
     assert metadata[: len(records), planner.SEQLEN].tolist() == [lengths[r[0]] for r in records]
     assert not metadata[len(records) :, planner.SEQLEN].any()
     assert not metadata[:, 7].any()
     slots = [n if n > 1 else 0 for n in counts]
     assert num_splits.tolist() == [sum(slots[:i]) for i in range(5)]
-    assert max(counts) > 1, "the long request should be cut"
+    assert max(counts) > planner.MERGE_MAX, "the long request should be cut often"
 
 
 def test_fixed_cuts_depend_on_the_request_alone():
@@ -118,6 +118,8 @@ def test_one_sequence_of_n_blocks_is_cut_into_n_pieces():
 def test_kernels_use_the_same_constants():
     assert kernel_config.VISIT_COST == planner.VISIT_COST
     assert kernel_config.BLOCK == planner.BLOCK
+    assert kernel_config.MERGE_MAX == planner.MERGE_MAX
+    assert kernel_config.COMBINE_REQ == planner.COMBINE_REQ
     for rows in (1, 64, 65, 512):
         assert kernel_config.min_piece(rows) == planner.min_piece(rows)
     for s_q, h_q, h_kv in SHAPES:
