@@ -30,4 +30,4 @@ def variants():
     dtypes = ("bf16", "f16")
     yield plan_kernel, PlanConfig()
     yield from ((decode_kernel, DecodeConfig(dtype, page)) for dtype in dtypes for page in PAGE_SIZES)
-    yield from ((combine_kernel, CombineConfig(dtype)) for dtype in dtypes)
+    yield from ((combine_kernel, CombineConfig(dtype, chunk)) for dtype in dtypes for chunk in (8, 16))

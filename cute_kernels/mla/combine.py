@@ -21,10 +21,8 @@ from ..sm90 import ptx
 from ..sm90.args import fake_args, param_kinds
 from ..sm90.gmem import load_f32, load_i32, store_f32
 from .config import COMBINE_REQ, COMBINE_THREADS, HEAD_DIM_V, MERGE_MAX, TILE_M, CombineConfig
-from .decode import LN2, LOG2E
+from .cta import LN2, LOG2E, NEG_BIG
 
-CHUNK = 16  # pieces loaded before the first use
-NEG_BIG = -1e30  # finite start of the running maximum
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,7 @@ class CombineArgs:
 class MlaCombine:
     def __init__(self, config: CombineConfig):
         self.dtype = BFloat16 if config.dtype == "bf16" else Float16
+        self.chunk = config.chunk
 
         @cute.struct
         class Smem:
@@ -64,7 +63,12 @@ class MlaCombine:
     @cute.jit
     def __call__(self, args: CombineArgs, stream: cuda.CUstream):
         self.kernel(args).launch(
-            grid=(1, 1, 1), block=(COMBINE_THREADS, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True
+            grid=(1, 1, 1),
+            block=(COMBINE_THREADS, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=24 // self.chunk,  # latency bound: several CTAs per SM hide each other's loads
+            preferred_smem_carveout=0,
+            use_pdl=True,
         )
 
     @cute.kernel
@@ -118,7 +122,7 @@ class MlaCombine:
             acc.fill(0.0)
             top.fill(NEG_BIG)
             total.fill(0.0)
-            for first in cutlass.range(0, pieces, CHUNK, unroll=1):
+            for first in cutlass.range(0, pieces, self.chunk, unroll=1):
                 self.add_chunk(a, acc, top, total, values, values_step, lses, lses_step, first, pieces, lane)
             frag = cute.make_rmem_tensor(4, self.dtype)
             words = cute.recast_tensor(frag, Int32)
@@ -160,15 +164,15 @@ class MlaCombine:
         self, a: CombineArgs, acc: cute.Tensor, top: cute.Tensor, total: cute.Tensor, values: Int64,
         values_step: Int64, lses: Int64, lses_step: Int32, first: Int32, pieces: Int32, lane: Int32,
     ):  # fmt: skip
-        """Add pieces first .. first + CHUNK - 1. The four lanes of a row share the work on its lse values."""
+        """Add pieces first .. first + chunk - 1. The four lanes of a row share the work on its lse values."""
         loaded = []
-        for u in cutlass.range_constexpr(CHUNK):
+        for u in cutlass.range_constexpr(self.chunk):
             piece = first + u if first + u < pieces else pieces - 1  # past the end: the last one again, with weight 0
             loaded.append(ptx.ld_global_v4_f32(values + Int64(piece) * values_step))
-        weights = [[None] * (CHUNK // 4) for _ in range(2)]
+        weights = [[None] * (self.chunk // 4) for _ in range(2)]
         for h in cutlass.range_constexpr(2):
             high = top[h]
-            for i in cutlass.range_constexpr(CHUNK // 4):
+            for i in cutlass.range_constexpr(self.chunk // 4):
                 piece = first + 4 * i + lane % 4
                 weights[h][i] = -Float32.inf
                 if piece < pieces:
@@ -179,7 +183,7 @@ class MlaCombine:
             shrink = cute.math.exp2(top[h] - high, fastmath=True)
             top[h] = high
             added = Float32(0.0)
-            for i in cutlass.range_constexpr(CHUNK // 4):
+            for i in cutlass.range_constexpr(self.chunk // 4):
                 weights[h][i] = cute.math.exp2(weights[h][i] - high, fastmath=True)
                 added += weights[h][i]
             added += cute.arch.shuffle_sync_bfly(added, offset=1)
@@ -187,7 +191,7 @@ class MlaCombine:
             total[h] = total[h] * shrink + added
             acc[2 * h] = acc[2 * h] * shrink
             acc[2 * h + 1] = acc[2 * h + 1] * shrink
-        for u in cutlass.range_constexpr(CHUNK):
+        for u in cutlass.range_constexpr(self.chunk):
             for h in cutlass.range_constexpr(2):
                 weight = cute.arch.shuffle_sync(weights[h][u // 4], (lane // 4) * 4 + u % 4)
                 acc[2 * h] = acc[2 * h] + weight * loaded[u][2 * h]

@@ -9,7 +9,7 @@ TILE_M = 64  # packed (token, head) rows per CTA: one wgmma M
 NUM_SLABS = HEAD_DIM // 64  # 64-column slabs of one block, 8 KiB each
 SLAB_BYTES = BLOCK * 64 * 2
 VISIT_COST = 4  # planner: what starting and finishing one piece costs, in blocks
-MERGE_MAX = 4  # sequences in at most so many pieces are merged by the decode kernel itself, others by the combine kernel
+MERGE_MAX = 2  # sequences in at most so many pieces are merged by the decode kernel itself, others by the combine kernel
 COMBINE_REQ = 5  # column of the plan: row i holds the i-th sequence left to combine, or the batch size behind the last
 SEQLEN = 6  # column of the plan: length of the partition's first sequence
 PAGE_SIZES = (16, 32, 64, 128)
@@ -33,9 +33,10 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class CombineConfig:
-    """One compiled combine kernel."""
+    """One compiled combine kernel. chunk: pieces loaded before the first use, 8 or 16 (fewer CTAs per SM)."""
 
     dtype: str
+    chunk: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ def min_piece(rows: int) -> int:
 def max_combines(batch: int, partitions: int) -> int:
     """Most sequences a plan can leave to the combine kernel: P - 1 cuts make at most 2 (P - 1) pieces of cut sequences."""
     return min(batch, 2 * (partitions - 1) // (MERGE_MAX + 1))
+
+
+def combine_chunk(batch: int, partitions: int, split_blocks: int) -> int:
+    """Few long sequences have many pieces each; with fixed splits the order of additions must not depend on the batch."""
+    return 16 if partitions >= 12 * batch and split_blocks == 0 else 8
 
 
 def row_tiles(s_q: int, heads_per_kv: int) -> int:

@@ -47,15 +47,20 @@ class MlaPlan:
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         cost = Int32(0)
+        longest = Int32(1)
         for i in cutlass.range(lane, a.batch, 32, unroll=1):
             blocks = num_blocks(load_i32(a.cache_seqlens, i))
             units = Int32(1)
             if a.split_blocks > 0:
                 units = (blocks + a.split_blocks - 1) // a.split_blocks
             cost += blocks + units * VISIT_COST
+            longest = blocks if blocks > longest else longest
         cost = cute.arch.warp_redux_sync(cost, "add")
         start = (cost + a.partitions - 1) // a.partitions
-        least = VISIT_COST + (a.split_blocks if a.split_blocks > 0 else a.min_piece)
+        longest = cute.arch.warp_redux_sync(longest, "max")
+        least = Int32(VISIT_COST + a.min_piece)
+        if a.split_blocks > 0:
+            least = VISIT_COST + (a.split_blocks if a.split_blocks < longest else longest)
         start = start if start > least else least
         width = Int32(-1)
         while width < 0:

@@ -18,13 +18,13 @@ from cutehop.cute_kernels.mla import config as cfg
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _LOG2E = math.log2(math.e)
-_COMBINE_CTAS = 512  # more would only take turns: a CTA goes on to the next sequence
+_COMBINE_CTAS = 528  # more would only take turns: a CTA goes on to the next sequence
 _CAPTURE_TICKETS = 4 << 20  # int32 per device, for captured calls
 
 
 class _Decode(NamedTuple):
     decode: Kernel
-    combine: Kernel
+    combine: dict[int, Kernel]  # by chunk
 
 
 _decode_kernels: dict[tuple[int, torch.dtype, int], _Decode] = {}
@@ -51,6 +51,10 @@ def plan(
                 cache_seqlens, s_q, h_q, h_kv, num_sms, split_tokens,
                 tile_scheduler_metadata=tile_scheduler_metadata, num_splits=num_splits,
             )  # fmt: skip
+    if cache_seqlens.shape[0] == 0:
+        tile_scheduler_metadata.zero_()
+        num_splits.zero_()
+        return
     stream = torch._C._cuda_getCurrentRawStream(device)
     mla.plan_kernel(cfg.PlanConfig(), stream).launch(
         (1, 1, 1),
@@ -147,7 +151,7 @@ def decode(
     )
     combines = b if split_tokens else cfg.max_combines(b, partitions)
     if combines:
-        kernels.combine.launch(
+        kernels.combine[cfg.combine_chunk(b, partitions, split_tokens)].launch(
             (tiles * h_kv * 32, min(combines, max(_COMBINE_CTAS // (tiles * h_kv * 32), 1)), 1),
             stream,
             tile_scheduler_metadata.data_ptr(),
@@ -175,7 +179,7 @@ def _load(device: int, dtype: torch.dtype, page: int, stream: int) -> _Decode:
     name = _DTYPE_NAMES[dtype]
     kernels = _Decode(
         mla.decode_kernel(cfg.DecodeConfig(name, page), stream),
-        mla.combine_kernel(cfg.CombineConfig(name), stream),
+        {chunk: mla.combine_kernel(cfg.CombineConfig(name, chunk), stream) for chunk in (8, 16)},
     )
     if device not in _capture_tickets:
         _capture_tickets[device] = torch.zeros(_CAPTURE_TICKETS, dtype=torch.int32, device=torch.device("cuda", device)), 0

@@ -22,7 +22,7 @@ VISIT_COST = 4  # blocks; mirrored in cute_kernels/mla/config.py, which imports 
 ROW_TILE = 64  # rows (query token, query head) of one CTA
 METADATA_COLUMNS = 8  # a Record, then the two columns below and 0
 COMBINE_REQ = 5  # row i: the i-th request in more than MERGE_MAX pieces (as many as there are rows), b behind the last
-MERGE_MAX = 4  # pieces that the decode kernel merges itself
+MERGE_MAX = 2  # pieces that the decode kernel merges itself
 SEQLEN = 6  # length of the record's first request
 
 Record = tuple[int, int, int, int, int]  # begin_req, begin_block, end_req, end_block, begin_split
@@ -75,7 +75,7 @@ def schedule(
     blocks = [max(-(-length // BLOCK), 1) for length in lengths]  # an empty request is visited too: it writes its zeros
     shortest, longest = min_piece(rows), max(blocks, default=1)
     if split_tokens:
-        shortest = longest = split_tokens // BLOCK
+        shortest = longest = min(split_tokens // BLOCK, longest)
     visits = sum(-(-n // longest) for n in blocks)
     credit = max(-(-(sum(blocks) + VISIT_COST * visits) // partitions), VISIT_COST + shortest)
     # Linear, because the number of partitions need not fall monotonically with the credit. It takes few steps: a closed

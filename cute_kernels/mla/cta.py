@@ -1,0 +1,54 @@
+"""What the roles of the decode kernel share: shared memory, barriers, and where a thread stands."""
+
+from dataclasses import dataclass
+
+import cutlass.cute as cute
+from cutlass import Int32
+
+WG = 128  # threads of a warpgroup
+BAR_MAX0, BAR_MAX1, BAR_P0, BAR_P1, BAR_SYNC = 1, 2, 3, 4, 5  # named barriers of both math warpgroups
+K0L, K0R, K1L, K1R = 0, 1, 2, 3  # halves of the two K blocks: columns 0-255 and 256-575
+EVICT_FIRST = 0x12F0000000000000  # L2 policy of CUTLASS for data that is read once
+LN2 = 0.6931471805599453
+LOG2E = 1.4426950408889634
+NEG_BIG = -1e30  # finite start of the running maximum: inf - inf never happens
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Views of the CTA's shared memory."""
+
+    sQ: cute.Tensor  # (64, 64, 9)
+    sK: cute.Tensor  # (64, 64, 18): slabs of K0, then of K1
+    sP0: cute.Tensor  # (64, 64)
+    row_max: cute.Tensor  # (64,) running maximum, scaled, base 2
+    scale0: cute.Tensor  # (64,) what WG0's step does to sums and outputs
+    scale1: cute.Tensor  # (64,) the same for WG1
+    row_sum: cute.Tensor  # (128,)
+    ticket: cute.Tensor  # (1,) this CTA's turn at a merge
+    q_full: cute.Pointer
+    q_empty: cute.Pointer
+    k_full: cute.Pointer
+    k_empty: cute.Pointer
+
+    @property
+    def sP1(self):
+        """P of WG1 overlays the RoPE slab of Q, which both warpgroups keep in registers."""
+        return self.sQ[None, None, 8]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which work a CTA has, and which rows of it a math thread has."""
+
+    tile: Int32
+    kv_head: Int32
+    part: Int32
+    wg: Int32  # 0 or 1, uniform in a warp
+    t: Int32  # thread of the warpgroup
+    row: Int32  # the thread's rows are row and row + 8
+
+
+def sync_math():
+    """Both math warpgroups."""
+    cute.arch.barrier(barrier_id=BAR_SYNC, number_of_threads=2 * WG)

@@ -1,0 +1,166 @@
+"""The end of a piece in the decode kernel: normalize, merge with the other piece if there are two, store."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, const_expr
+
+from ..sm90 import ptx
+from ..sm90.gmem import load_f32, load_i32, store_f32
+from .config import HEAD_DIM_V, MERGE_MAX, TILE_M
+from .cta import LN2, LOG2E, Place, Shared, sync_math
+from .work import DecodeArgs, Piece, partial_tile
+
+
+class Epilogue:
+    """Part of decode.MlaDecode, which sets dtype."""
+
+    @cute.jit
+    def epilogue(
+        self, a: DecodeArgs, s: Shared, O: cute.Tensor, L: cute.Tensor, piece: Piece, req: Int32, split: Int32, c: Place
+    ):
+        """Divide by the row sums and store straight from registers, so that Q and K of the next piece keep streaming in."""
+        slot = load_i32(a.num_splits, req)
+        pieces = load_i32(a.num_splits, req + 1) - slot
+        for h in cutlass.range_constexpr(2):
+            total = L[h] + cute.arch.shuffle_sync_bfly(L[h], offset=1)
+            total += cute.arch.shuffle_sync_bfly(total, offset=2)
+            if c.t % 4 == 0:
+                s.row_sum[c.wg * TILE_M + c.row + 8 * h] = total
+        lse = cute.make_rmem_tensor(2, Float32)
+        lse[0], lse[1] = s.row_max[c.row], s.row_max[c.row + 8]
+        sync_math()
+        total0 = s.row_sum[c.row] + s.row_sum[c.row + TILE_M]
+        total1 = s.row_sum[c.row + 8] + s.row_sum[c.row + 8 + TILE_M]
+        sync_math()  # the next piece may overwrite the statistics
+        self.normalize(O, lse, total0, total1)
+        rows = piece.s_q * a.heads_per_kv - c.tile * TILE_M  # live rows of the tile
+        mine = pieces == 0
+        if pieces > 0:
+            if pieces > MERGE_MAX:
+                self.store_partial(a, O, lse, partial_tile(a, slot + split, c.tile, c.kv_head), rows, c)
+            else:
+                mine = self.merge(a, s, O, lse, slot, split, rows, c)
+        if mine:
+            for h in cutlass.range_constexpr(2):
+                self.store_whole(a, O, h, lse[h], piece, req, rows, c)
+
+    @cute.jit
+    def normalize(self, O: cute.Tensor, lse: cute.Tensor, total0: Float32, total1: Float32):
+        """Divide by the row sums and turn the maxima into lse, base 2; 0 and -inf where nothing was visible."""
+        for h in cutlass.range_constexpr(2):
+            total = total0 if const_expr(h == 0) else total1
+            seen = total > 0.0
+            factor = cute.arch.rcp_approx(total) if seen else Float32(0.0)
+            lse[h] = lse[h] + cute.math.log2(total, fastmath=True) if seen else -Float32.inf
+            for j in cutlass.range_constexpr(64):
+                i = (j // 2) * 4 + 2 * h + j % 2
+                O[i] = O[i] * factor
+
+    @cute.jit
+    def merge(
+        self, a: DecodeArgs, s: Shared, O: cute.Tensor, lse: cute.Tensor, slot: Int32, split: Int32, rows: Int32, c: Place
+    ):
+        """Merge the two pieces of a sequence. True for the CTA that ends up with the result in its registers.
+
+        The CTA that comes first stores its piece and goes on, the second adds it to its own. Both orders give the same
+        bits, so the result does not depend on timing. The second waits only for a CTA that is already storing; nobody
+        waits for a CTA that may not be running. The ticket counts 1 per arrival and 2 for "stored", and is put back to 0.
+        """
+        ticket = a.tickets + partial_tile(a, slot, c.tile, c.kv_head)
+        leader = (c.wg == 0) & (c.t == 0)
+        if leader:
+            s.ticket[0] = cute.arch.atomic_add(ticket, Int32(1), sem="acq_rel", scope="gpu")
+        sync_math()
+        second = cute.arch.make_warp_uniform(s.ticket[0]) != 0
+        if second:
+            while cute.arch.make_warp_uniform(cute.arch.load(ticket, Int32, sem="acquire", scope="gpu")) != 4:
+                pass
+            self.add_partial(a, O, lse, partial_tile(a, slot + (split ^ 1), c.tile, c.kv_head), rows, c)
+        else:
+            self.store_partial(a, O, lse, partial_tile(a, slot + split, c.tile, c.kv_head), rows, c)
+        sync_math()
+        if leader:
+            cute.arch.fence_acq_rel_gpu()
+            cute.arch.atomic_add(ticket, Int32(-4) if second else Int32(2), sem="release", scope="gpu")
+        return second
+
+    @cute.jit
+    def add_partial(
+        self, a: DecodeArgs, O: cute.Tensor, lse: cute.Tensor, tile_index: Int32, rows: Int32, c: Place
+    ):
+        """The softmax-weighted mean of this CTA's normalized result and a stored one."""
+        if (c.t // 32) * 16 < rows:
+            base = a.partial_out.toint() + ((Int64(tile_index) * 8 + c.wg * 4 + c.t // 32) * 32 * 32 + c.t % 32) * 16
+            mine, theirs = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
+            for h in cutlass.range_constexpr(2):
+                other = load_f32(a.partial_lse, Int64(tile_index) * TILE_M + c.row + 8 * h)
+                top = cute.arch.fmax(lse[h], other)
+                seen = top > -Float32.inf
+                top = top if seen else Float32(0.0)
+                mine[h] = cute.math.exp2(lse[h] - top, fastmath=True)
+                theirs[h] = cute.math.exp2(other - top, fastmath=True)
+                both = mine[h] + theirs[h]
+                factor = cute.arch.rcp_approx(both) if seen else Float32(0.0)
+                mine[h] = mine[h] * factor
+                theirs[h] = theirs[h] * factor
+                lse[h] = top + cute.math.log2(both, fastmath=True) if seen else -Float32.inf
+            for part in cutlass.range_constexpr(4):
+                cute.arch.sync_warp()  # ptxas would move all the loads up here, and spill
+                loaded = [ptx.ld_global_v4_f32(base + (part * 8 + j) * 512) for j in range(8)]
+                for j in cutlass.range_constexpr(8):
+                    for i in cutlass.range_constexpr(4):
+                        k = (part * 8 + j) * 4 + i
+                        O[k] = ptx.weighted_sum(O[k], mine[i // 2], loaded[j][i], theirs[i // 2])
+
+    @cute.jit
+    def store_whole(
+        self, a: DecodeArgs, O: cute.Tensor, h: cutlass.Constexpr[int], lse: Float32, piece: Piece, req: Int32,
+        rows: Int32, c: Place,
+    ):  # fmt: skip
+        """One row of the result, and its lse."""
+        row = c.row + 8 * h
+        packed = c.tile * TILE_M + row
+        token = packed // a.heads_per_kv
+        head = c.kv_head * a.heads_per_kv + packed % a.heads_per_kv
+        factor = Float32(1.0)
+        if a.has_sink != 0:
+            if row < rows:
+                factor = cute.arch.rcp_approx(1.0 + cute.math.exp2(load_f32(a.attn_sink, head) * LOG2E - lse, fastmath=True))
+        out_row = a.out.toint() + (Int64(piece.token0 + token) * a.h_q + head) * (HEAD_DIM_V * 2)
+        self.store_row(O, h, factor, out_row, row < rows, c)
+        if (c.wg == 0) & (c.t % 4 == 0) & (row < rows):
+            index = (Int64(req) * a.h_q + head) * a.s_q + token
+            if a.ragged != 0:
+                index = Int64(head) * a.total_q + piece.token0 + token
+            store_f32(a.lse, index, lse * LN2 if lse > -Float32.inf else a.empty_lse)
+
+    @cute.jit
+    def store_row(self, O: cute.Tensor, h, factor: Float32, out_row: Int64, live, c: Place):
+        """One row to 16 bits. The four lanes of a row transpose 4x4 words, so that each stores 16 adjacent bytes."""
+        lane = c.t % 4
+        frag = cute.make_rmem_tensor(8, self.dtype)
+        words = cute.recast_tensor(frag, Int32)
+        for g in cutlass.range_constexpr(8):  # 32 columns
+            for i in cutlass.range_constexpr(8):
+                frag[i] = self.dtype(O[(4 * g + i // 2) * 4 + 2 * h + i % 2] * factor)
+            x = [words[i] for i in range(4)]
+            for step, pairs in ((1, ((0, 1), (2, 3))), (2, ((0, 2), (1, 3)))):
+                odd = (lane & step) != 0
+                for lo, hi in pairs:
+                    other = cute.arch.shuffle_sync_bfly(x[lo] if odd else x[hi], offset=step)
+                    x[lo], x[hi] = (other if odd else x[lo]), (x[hi] if odd else other)
+            if live:
+                ptx.st_global_v4(out_row + (c.wg * 256 + (4 * g + lane) * 8) * 2, x[0], x[1], x[2], x[3])
+
+    @cute.jit
+    def store_partial(
+        self, a: DecodeArgs, O: cute.Tensor, lse: cute.Tensor, tile_index: Int32, rows: Int32, c: Place
+    ):
+        """A normalized result as it lies in the registers: each store of a warp fills 512 adjacent bytes."""
+        if (c.t // 32) * 16 < rows:  # else the whole warp has nothing but padding
+            base = a.partial_out.toint() + ((Int64(tile_index) * 8 + c.wg * 4 + c.t // 32) * 32 * 32 + c.t % 32) * 16
+            for j in cutlass.range_constexpr(32):
+                ptx.st_global_v4_f32(base + j * 512, O[4 * j], O[4 * j + 1], O[4 * j + 2], O[4 * j + 3])
+            if (c.wg == 0) & (c.t % 4 == 0):
+                store_f32(a.partial_lse, Int64(tile_index) * TILE_M + c.row, lse[0])
+                store_f32(a.partial_lse, Int64(tile_index) * TILE_M + c.row + 8, lse[1])
