@@ -18,6 +18,8 @@ NEG_BIG = -1e30  # finite start of the running maximum: inf - inf never happens
 class Shared:
     """Views of the CTA's shared memory."""
 
+    q: cute.Pointer
+    k: cute.Pointer
     sQ: cute.Tensor  # (64, 64, 9)
     sK: cute.Tensor  # (64, 64, 18): slabs of K0, then of K1
     sP0: cute.Tensor  # (64, 64)

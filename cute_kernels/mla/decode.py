@@ -35,9 +35,9 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hh
-from cutlass import BFloat16, Float16, Float32, Int32, Int64
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.cute.runtime import make_fake_compact_tensor
+from cutlass import BFloat16, Float16, Float32, GridConstant, Int32, Int64
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.experimental.cuda.tensor_map import TensorMap, create_tensor_map_tiled
 from cutlass.memory import SmemAllocator
 from cutlass.utils import LayoutEnum
 
@@ -55,6 +55,7 @@ THREADS = 3 * WG
 
 class MlaDecode(Loaders, Math, Epilogue):
     def __init__(self, config: DecodeConfig):
+        self.box_slabs = config.box_slabs
         self.dtype = BFloat16 if config.dtype == "bf16" else Float16
         self.page = config.page_size
         self.box_rows = config.box_rows
@@ -80,14 +81,10 @@ class MlaDecode(Loaders, Math, Epilogue):
     # ------------------------------------------------------------------------------------------------ host
 
     @cute.jit
-    def __call__(self, mQ: cute.Tensor, mK: cute.Tensor, args: DecodeArgs, stream: cuda.CUstream):
-        """mQ (heads, 576, tokens, b), mK (page rows, 576, h_kv, pages): only the ranks matter, the launcher encodes the maps."""
-        slab = cute.tile_to_shape(self.swizzle_atom(), (TILE_M, 64), order=(0, 1))
-        box = cute.tile_to_shape(self.swizzle_atom(), (self.box_rows, 64), order=(0, 1))
-        load = cpasync.CopyBulkTensorTileG2SOp()
-        tma_q, tQ = cpasync.make_tiled_tma_atom(load, mQ, slab, (TILE_M, 64))
-        tma_k, tK = cpasync.make_tiled_tma_atom(load, mK, box, (self.box_rows, 64))
-        self.kernel(tma_q, tQ, tma_k, tK, args).launch(
+    def __call__(self, args: DecodeArgs, stream: cuda.CUstream):
+        """The maps made here only give the kernel its parameters: the launcher passes real ones, see ops/_mla_cuda.py."""
+        fake = create_tensor_map_tiled(Int64(16), self.dtype, [64, 64, 9, 2, 2], [72, 8, 72, 72], [64, 64, 1, 1, 1])
+        self.kernel(fake, fake, fake, args).launch(
             grid=(1, 1, 1),
             block=(THREADS, 1, 1),
             stream=stream,
@@ -115,7 +112,11 @@ class MlaDecode(Loaders, Math, Epilogue):
 
     @cute.kernel
     def kernel(
-        self, tma_q: cute.CopyAtom, tQ: cute.Tensor, tma_k: cute.CopyAtom, tK: cute.Tensor, args: DecodeArgs
+        self,
+        q_map: GridConstant[TensorMap],  # columns of a slab, heads, tokens, slabs, batch
+        k_left: GridConstant[TensorMap],  # columns of a slab, rows of a page, slabs, kv heads, pages
+        k_right: GridConstant[TensorMap],  # the same with a box for columns 256-575
+        args: DecodeArgs,
     ):
         tid, _, _ = cute.arch.thread_idx()
         tile, kv_head, part = cute.arch.block_idx()
@@ -133,6 +134,8 @@ class MlaDecode(Loaders, Math, Epilogue):
         q_slabs = cute.tile_to_shape(atom, (64, 64, NUM_SLABS), order=(0, 1, 2))
         k_slabs = cute.tile_to_shape(atom, (64, 64, 2 * NUM_SLABS), order=(0, 1, 2))
         shared = Shared(
+            q=sm.q.data_ptr(),
+            k=sm.k.data_ptr(),
             sQ=sm.q.get_tensor(q_slabs.outer, swizzle=q_slabs.inner),
             sK=sm.k.get_tensor(k_slabs.outer, swizzle=k_slabs.inner),
             sP0=sm.p0.get_tensor(slab.outer, swizzle=slab.inner),
@@ -146,10 +149,6 @@ class MlaDecode(Loaders, Math, Epilogue):
             k_full=sm.k_full.data_ptr(),
             k_empty=sm.k_empty.data_ptr(),
         )
-        if warp_id == 8:
-            cpasync.prefetch_descriptor(tma_k)
-        if warp_id == 9:
-            cpasync.prefetch_descriptor(tma_q)
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
@@ -160,11 +159,9 @@ class MlaDecode(Loaders, Math, Epilogue):
         if wg == 2:
             cute.arch.setmaxregister_decrease(40)
             if warp_id == 8:
-                k_boxes = cute.tile_to_shape(atom, (self.box_rows, 64, 2 * NUM_SLABS * self.boxes), order=(0, 1, 2))
-                sK = sm.k.get_tensor(k_boxes.outer, swizzle=k_boxes.inner)
-                self.load_k(tma_k, tK, sK, args, shared, place, tid % 32)
+                self.load_k(k_left, k_right, args, shared, place, tid % 32)
             if warp_id == 9:
-                self.load_q(tma_q, tQ, args, shared, place)
+                self.load_q(q_map, args, shared, place)
         else:
             cute.arch.setmaxregister_increase(232)
             v_half = cute.tile_to_shape(atom, (64, 256), order=(0, 1))
@@ -175,14 +172,11 @@ def program(config: DecodeConfig) -> Program:
     """The host function and the fake arguments that compile one variant."""
     kernel = MlaDecode(config)
 
-    def fake(rows):  # the extents only shape the coordinates: any head, token or page is addressed alike
-        return make_fake_compact_tensor(kernel.dtype, (rows, HEAD_DIM, 2, 2), stride_order=(1, 0, 2, 3), assumed_align=16)
-
     return Program(
         host=kernel,
-        args=(fake(TILE_M), fake(config.page_size), fake_args(DecodeArgs), cuda.CUstream(0)),
+        args=(fake_args(DecodeArgs), cuda.CUstream(0)),
         threads=THREADS,
         smem_bytes=kernel.Smem.size_in_bytes(),
-        params=("map", "map", *param_kinds(DecodeArgs)),
+        params=("map", "map", "map", *param_kinds(DecodeArgs)),
         pdl=True,
     )

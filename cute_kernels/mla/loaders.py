@@ -3,7 +3,7 @@
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
-from cutlass.cute.nvgpu import cpasync
+from cutlass.experimental import primitives as prims
 
 from ..sm90.gmem import load_i32
 from .config import BLOCK, NUM_SLABS, SLAB_BYTES, TILE_M
@@ -15,16 +15,8 @@ class Loaders:
     """Part of decode.MlaDecode, which sets page, box_rows and boxes."""
 
     @cute.jit
-    def load_k(
-        self, tma: cute.CopyAtom, tK: cute.Tensor, sK: cute.Tensor, a: DecodeArgs, s: Shared, c: Place, lane: Int32
-    ):
+    def load_k(self, left, right, a: DecodeArgs, s: Shared, c: Place, lane: Int32):
         """All halves of all blocks, as soon as the math frees their place; runs ahead into the next piece."""
-        # (row block in page, column slab, kv head, page)
-        gK = cute.local_tile(tK, (self.box_rows, 64), (None, None, None, None))
-        tSs, tSg = cpasync.tma_partition(
-            tma, 0, cute.make_layout(1), cute.group_modes(sK, 0, 2), cute.group_modes(gK, 0, 2)
-        )
-        full, empty = s.k_full, s.k_empty
         record = load_record(a, c.part)
         req, block, seqlen = record.req, record.block, record.seqlen
         phase0, phase1 = Int32(1), Int32(1)
@@ -37,13 +29,13 @@ class Loaders:
                 ids = self.page_ids(a, piece, req, pair + 1, lane)
                 both = 2 * pair + 1 < piece.n
                 # the order in which the math frees the halves
-                self.load_half(tma, tSs, tSg, full, empty, K0L, phase0, pages, newest, piece.seqlen, c.kv_head)
+                self.load_half(left, a, s, c, K0L, phase0, pages, newest, piece.seqlen)
                 if both:
-                    self.load_half(tma, tSs, tSg, full, empty, K1R, phase1, pages, newest - 1, piece.seqlen, c.kv_head)
-                self.load_half(tma, tSs, tSg, full, empty, K0R, phase0, pages, newest, piece.seqlen, c.kv_head)
+                    self.load_half(right, a, s, c, K1R, phase1, pages, newest - 1, piece.seqlen)
+                self.load_half(right, a, s, c, K0R, phase0, pages, newest, piece.seqlen)
                 phase0 ^= 1
                 if both:
-                    self.load_half(tma, tSs, tSg, full, empty, K1L, phase1, pages, newest - 1, piece.seqlen, c.kv_head)
+                    self.load_half(left, a, s, c, K1L, phase1, pages, newest - 1, piece.seqlen)
                     phase1 ^= 1
             req, block, _, seqlen = next_position(a, record, piece, req, Int32(0))
 
@@ -62,42 +54,32 @@ class Loaders:
 
     @cute.jit
     def load_half(
-        self,
-        tma: cute.CopyAtom,
-        tSs: cute.Tensor,
-        tSg: cute.Tensor,
-        full: cute.Pointer,
-        empty: cute.Pointer,
-        slot: cutlass.Constexpr[int],
-        phase: Int32,
-        pages: Int32,
-        block: Int32,
-        seqlen: Int32,
-        kv_head: Int32,
-    ):
+        self, desc, a: DecodeArgs, s: Shared, c: Place, slot: cutlass.Constexpr[int], phase: Int32, pages: Int32,
+        block: Int32, seqlen: Int32,
+    ):  # fmt: skip
         """Load columns 0-255 (L) or 256-575 (R) of one block, only the pages that hold live rows."""
-        stage = slot // 2
-        slabs = range(0, 4) if slot % 2 == 0 else range(4, NUM_SLABS)
+        stage, right = slot // 2, slot % 2
+        first_slab, num_slabs, box_slabs = right * 4, 4 + right, self.box_slabs[right]
         live = (seqlen - block * BLOCK + self.box_rows - 1) // self.box_rows
         live = live if live < self.boxes else Int32(self.boxes)
-        cute.arch.mbarrier_wait(empty + slot, phase)
+        ids = [cute.arch.shuffle_sync(pages, stage * self.boxes + box) for box in range(self.boxes)]
+        row = (block % (self.page // BLOCK)) * BLOCK if const_expr(self.page > BLOCK) else Int32(0)
+        cute.arch.mbarrier_wait(s.k_empty + slot, phase)
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(full + slot, live * (len(slabs) * self.box_rows * 128))
-        for box in cutlass.range_constexpr(self.boxes):
-            page = cute.arch.shuffle_sync(pages, stage * self.boxes + box)
-            row_block = block % (self.page // BLOCK) if const_expr(self.page > BLOCK) else Int32(0)
-            if box < live:
-                for s in cutlass.range_constexpr(slabs[0], slabs[-1] + 1):
-                    cute.copy(
-                        tma,
-                        tSg[None, row_block, s, kv_head, page],
-                        tSs[None, (stage * NUM_SLABS + s) * self.boxes + box],
-                        tma_bar_ptr=full + slot,
-                        cache_policy=Int64(EVICT_FIRST),
-                    )
+            cute.arch.mbarrier_arrive_and_expect_tx(s.k_full + slot, live * (num_slabs * self.box_rows * 128))
+            for box in cutlass.range_constexpr(self.boxes):
+                if box < live:
+                    for slab in cutlass.range_constexpr(first_slab, first_slab + num_slabs, box_slabs):
+                        prims.cp_async_bulk_tensor_shared_cta_global(
+                            s.k + ((stage * NUM_SLABS + slab) * BLOCK + box * self.box_rows) * 64,
+                            desc.get_ptr(),
+                            [Int32(0), row, Int32(slab), c.kv_head, ids[box]],
+                            s.k_full + slot,
+                            l2_cache_hint=Int64(EVICT_FIRST),
+                        )
 
     @cute.jit
-    def load_q(self, tma: cute.CopyAtom, tQ: cute.Tensor, a: DecodeArgs, s: Shared, c: Place):
+    def load_q(self, desc, a: DecodeArgs, s: Shared, c: Place):
         """Rows past the tile's last are whatever lies there, or zeros: rows don't mix, and theirs are not stored."""
         record = load_record(a, c.part)
         req, block, seqlen = record.req, record.block, record.seqlen
@@ -113,14 +95,15 @@ class Loaders:
                         head += piece.token0 * a.heads_per_kv
                     else:
                         token += piece.token0
-                gQ = cute.local_tile(cute.domain_offset((head, 0, token, batch), tQ), (TILE_M, 64), (0, None, 0, 0))
-                tSs, tSg = cpasync.tma_partition(
-                    tma, 0, cute.make_layout(1), cute.group_modes(s.sQ, 0, 2), cute.group_modes(gQ, 0, 2)
-                )
                 cute.arch.mbarrier_wait(s.q_empty, phase)
                 phase ^= 1
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(s.q_full, NUM_SLABS * SLAB_BYTES)
-                for i in cutlass.range_constexpr(NUM_SLABS):
-                    cute.copy(tma, tSg[None, i], tSs[None, i], tma_bar_ptr=s.q_full, cache_policy=Int64(EVICT_FIRST))
+                    prims.cp_async_bulk_tensor_shared_cta_global(
+                        s.q,
+                        desc.get_ptr(),
+                        [Int32(0), head, token, Int32(0), batch],
+                        s.q_full,
+                        l2_cache_hint=Int64(EVICT_FIRST),
+                    )
             req, block, _, seqlen = next_position(a, record, piece, req, Int32(0))

@@ -123,7 +123,7 @@ def decode(
         (tiles, h_kv, partitions),
         stream,
         q_map,
-        _k_map(k_cache),
+        *_k_maps(k_cache),
         block_table.data_ptr(),
         block_table.stride(0),
         cache_seqlens.data_ptr(),
@@ -214,23 +214,31 @@ def _q_map(
         dims, strides, box = (rows, 1, batch), (cfg.HEAD_DIM, cfg.HEAD_DIM, rows * cfg.HEAD_DIM), (cfg.TILE_M, 1)
         q_group, q_kv_step = 1 << 30, tokens * heads_per_kv
     # an extent of 1 may carry any stride, also one that the encoder would refuse
-    strides_bytes = tuple((stride if extent > 1 else cfg.HEAD_DIM) * 2 for stride, extent in zip(strides, dims))
-    dtype = _DTYPE_NAMES[q.dtype]
-    q_map = tensor_map(q.data_ptr(), dtype, (cfg.HEAD_DIM, *dims), strides_bytes, (64, *box, 1))
+    head, token, sequence = ((stride if extent > 1 else cfg.HEAD_DIM) * 2 for stride, extent in zip(strides, dims))
+    q_map = tensor_map(
+        q.data_ptr(),
+        _DTYPE_NAMES[q.dtype],
+        (64, dims[0], dims[1], cfg.NUM_SLABS, dims[2]),
+        (head, token, 128, sequence),
+        (64, *box, cfg.NUM_SLABS, 1),
+    )
     return q_map, q_group, q_kv_step, q
 
 
-def _k_map(k_cache: Tensor) -> TensorMap:
-    num_pages, page, h_kv, head_dim = k_cache.shape
+def _k_maps(k_cache: Tensor) -> tuple[TensorMap, TensorMap]:
+    """Tensor maps with the boxes for columns 0-255 and 256-575 of a page."""
+    num_pages, page, h_kv, _ = k_cache.shape
     stride_page, stride_row, stride_head, _ = k_cache.stride()
     if h_kv == 1:
         stride_head = stride_row  # an extent of 1 may carry any stride, which the encoder would refuse
-    return tensor_map(
-        k_cache.data_ptr(),
-        _DTYPE_NAMES[k_cache.dtype],
-        (head_dim, page, h_kv, num_pages),
-        (stride_row * 2, stride_head * 2, stride_page * 2),
-        (64, min(page, cfg.BLOCK), 1, 1),
+    address, dtype = k_cache.data_ptr(), _DTYPE_NAMES[k_cache.dtype]
+    dims = (64, page, cfg.NUM_SLABS, h_kv, num_pages)
+    strides = (stride_row * 2, 128, stride_head * 2, stride_page * 2)
+    config = cfg.DecodeConfig(dtype, page)
+    left, right = config.box_slabs
+    return (
+        tensor_map(address, dtype, dims, strides, (64, config.box_rows, left, 1, 1)),
+        tensor_map(address, dtype, dims, strides, (64, config.box_rows, right, 1, 1)),
     )
 
 
