@@ -30,11 +30,6 @@ class DecodeConfig:
         """Rows of one TMA box: a block is one box, or several when pages are shorter than a block."""
         return min(self.page_size, BLOCK)
 
-    @property
-    def box_slabs(self) -> tuple[int, int]:
-        """64-column slabs of one box in columns 0-255 and 256-575: all of them, unless rows of several pages make up a block."""
-        return (4, 5) if self.box_rows == BLOCK else (1, 1)
-
 
 @dataclass(frozen=True)
 class CombineConfig:

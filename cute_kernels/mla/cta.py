@@ -30,8 +30,8 @@ class Shared:
     ticket: cute.Tensor  # (1,) this CTA's turn at a merge
     q_full: cute.Pointer
     q_empty: cute.Pointer
-    k_full: cute.Pointer
-    k_empty: cute.Pointer
+    k_full: cute.Pointer  # 18: a slab of K0 or K1 has landed
+    k_empty: cute.Pointer  # 4: a half of K0 or K1 may be overwritten
 
     @property
     def sP1(self):

@@ -20,7 +20,8 @@ warpgroups alternate on the softmax instead of on output tiles. One pair of bloc
 Going from the newest block down puts the causal mask and the unused tail rows into the first blocks, before the loop.
 
 Pipelines (mbarriers; L = columns 0-255, R = 256-575)
-    k_full[4], k_empty[4]   K0L K0R K1L K1R; full: bytes of the boxes; empty: one arrive of the warpgroup that multiplies that V half
+    k_full[18]   slabs of K0 and K1: bytes of the boxes, so that Q K^T starts with the first 8 KiB
+    k_empty[4]   K0L K0R K1L K1R: one arrive of the warpgroup that multiplies that half of V
     q_full   bytes of the slabs               q_empty  one arrive of each warpgroup
 Named barriers (256 threads, one side arrives, the other waits)
     MAX0 a0 and m ready | MAX1 a1 and m ready | P0 in smem | P1 in smem and V0_R issued | SYNC both
@@ -55,7 +56,6 @@ THREADS = 3 * WG
 
 class MlaDecode(Loaders, Math, Epilogue):
     def __init__(self, config: DecodeConfig):
-        self.box_slabs = config.box_slabs
         self.dtype = BFloat16 if config.dtype == "bf16" else Float16
         self.page = config.page_size
         self.box_rows = config.box_rows
@@ -65,7 +65,7 @@ class MlaDecode(Loaders, Math, Epilogue):
         class Smem:
             q_full: cute.struct.MemRange[Int64, 1]
             q_empty: cute.struct.MemRange[Int64, 1]
-            k_full: cute.struct.MemRange[Int64, 4]
+            k_full: cute.struct.MemRange[Int64, 2 * NUM_SLABS]
             k_empty: cute.struct.MemRange[Int64, 4]
             row_max: cute.struct.MemRange[Float32, TILE_M]
             scale0: cute.struct.MemRange[Float32, TILE_M]
@@ -83,8 +83,8 @@ class MlaDecode(Loaders, Math, Epilogue):
     @cute.jit
     def __call__(self, args: DecodeArgs, stream: cuda.CUstream):
         """The maps made here only give the kernel its parameters: the launcher passes real ones, see ops/_mla_cuda.py."""
-        fake = create_tensor_map_tiled(Int64(16), self.dtype, [64, 64, 9, 2, 2], [72, 8, 72, 72], [64, 64, 1, 1, 1])
-        self.kernel(fake, fake, fake, args).launch(
+        fake = create_tensor_map_tiled(Int64(16), self.dtype, [64, 64], [72], [64, 64])
+        self.kernel(fake, fake, args).launch(
             grid=(1, 1, 1),
             block=(THREADS, 1, 1),
             stream=stream,
@@ -114,8 +114,7 @@ class MlaDecode(Loaders, Math, Epilogue):
     def kernel(
         self,
         q_map: GridConstant[TensorMap],  # columns of a slab, heads, tokens, slabs, batch
-        k_left: GridConstant[TensorMap],  # columns of a slab, rows of a page, slabs, kv heads, pages
-        k_right: GridConstant[TensorMap],  # the same with a box for columns 256-575
+        k_map: GridConstant[TensorMap],  # columns, rows of a page, kv heads, pages
         args: DecodeArgs,
     ):
         tid, _, _ = cute.arch.thread_idx()
@@ -125,8 +124,9 @@ class MlaDecode(Loaders, Math, Epilogue):
         if tid == 0:
             cute.arch.mbarrier_init(sm.q_full.data_ptr(), 1)
             cute.arch.mbarrier_init(sm.q_empty.data_ptr(), 2)
-            for i in cutlass.range_constexpr(4):
+            for i in cutlass.range_constexpr(2 * NUM_SLABS):
                 cute.arch.mbarrier_init(sm.k_full.data_ptr() + i, 1)
+            for i in cutlass.range_constexpr(4):
                 cute.arch.mbarrier_init(sm.k_empty.data_ptr() + i, 1)
         cute.arch.mbarrier_init_fence()
         atom = self.swizzle_atom()
@@ -159,7 +159,7 @@ class MlaDecode(Loaders, Math, Epilogue):
         if wg == 2:
             cute.arch.setmaxregister_decrease(40)
             if warp_id == 8:
-                self.load_k(k_left, k_right, args, shared, place, tid % 32)
+                self.load_k(k_map, args, shared, place, tid % 32)
             if warp_id == 9:
                 self.load_q(q_map, args, shared, place)
         else:
@@ -177,6 +177,6 @@ def program(config: DecodeConfig) -> Program:
         args=(fake_args(DecodeArgs), cuda.CUstream(0)),
         threads=THREADS,
         smem_bytes=kernel.Smem.size_in_bytes(),
-        params=("map", "map", "map", *param_kinds(DecodeArgs)),
+        params=("map", "map", *param_kinds(DecodeArgs)),
         pdl=True,
     )

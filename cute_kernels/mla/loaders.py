@@ -15,7 +15,7 @@ class Loaders:
     """Part of decode.MlaDecode, which sets page, box_rows and boxes."""
 
     @cute.jit
-    def load_k(self, left, right, a: DecodeArgs, s: Shared, c: Place, lane: Int32):
+    def load_k(self, desc, a: DecodeArgs, s: Shared, c: Place, lane: Int32):
         """All halves of all blocks, as soon as the math frees their place; runs ahead into the next piece."""
         record = load_record(a, c.part)
         req, block, seqlen = record.req, record.block, record.seqlen
@@ -29,13 +29,13 @@ class Loaders:
                 ids = self.page_ids(a, piece, req, pair + 1, lane)
                 both = 2 * pair + 1 < piece.n
                 # the order in which the math frees the halves
-                self.load_half(left, a, s, c, K0L, phase0, pages, newest, piece.seqlen)
+                self.load_half(desc, a, s, c, K0L, phase0, pages, newest, piece.seqlen)
                 if both:
-                    self.load_half(right, a, s, c, K1R, phase1, pages, newest - 1, piece.seqlen)
-                self.load_half(right, a, s, c, K0R, phase0, pages, newest, piece.seqlen)
+                    self.load_half(desc, a, s, c, K1R, phase1, pages, newest - 1, piece.seqlen)
+                self.load_half(desc, a, s, c, K0R, phase0, pages, newest, piece.seqlen)
                 phase0 ^= 1
                 if both:
-                    self.load_half(left, a, s, c, K1L, phase1, pages, newest - 1, piece.seqlen)
+                    self.load_half(desc, a, s, c, K1L, phase1, pages, newest - 1, piece.seqlen)
                     phase1 ^= 1
             req, block, _, seqlen = next_position(a, record, piece, req, Int32(0))
 
@@ -58,23 +58,24 @@ class Loaders:
         block: Int32, seqlen: Int32,
     ):  # fmt: skip
         """Load columns 0-255 (L) or 256-575 (R) of one block, only the pages that hold live rows."""
-        stage, right = slot // 2, slot % 2
-        first_slab, num_slabs, box_slabs = right * 4, 4 + right, self.box_slabs[right]
+        stage = slot // 2
+        slabs = range(0, 4) if slot % 2 == 0 else range(4, NUM_SLABS)
         live = (seqlen - block * BLOCK + self.box_rows - 1) // self.box_rows
         live = live if live < self.boxes else Int32(self.boxes)
         ids = [cute.arch.shuffle_sync(pages, stage * self.boxes + box) for box in range(self.boxes)]
         row = (block % (self.page // BLOCK)) * BLOCK if const_expr(self.page > BLOCK) else Int32(0)
         cute.arch.mbarrier_wait(s.k_empty + slot, phase)
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(s.k_full + slot, live * (num_slabs * self.box_rows * 128))
-            for box in cutlass.range_constexpr(self.boxes):
-                if box < live:
-                    for slab in cutlass.range_constexpr(first_slab, first_slab + num_slabs, box_slabs):
+            for slab in cutlass.range_constexpr(slabs.start, slabs.stop):
+                full = s.k_full + stage * NUM_SLABS + slab
+                cute.arch.mbarrier_arrive_and_expect_tx(full, live * (self.box_rows * 128))
+                for box in cutlass.range_constexpr(self.boxes):
+                    if box < live:
                         prims.cp_async_bulk_tensor_shared_cta_global(
                             s.k + ((stage * NUM_SLABS + slab) * BLOCK + box * self.box_rows) * 64,
                             desc.get_ptr(),
-                            [Int32(0), row, Int32(slab), c.kv_head, ids[box]],
-                            s.k_full + slot,
+                            [Int32(slab * 64), row, c.kv_head, ids[box]],
+                            full,
                             l2_cache_hint=Int64(EVICT_FIRST),
                         )
 

@@ -8,7 +8,7 @@ from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warp, warpgroup
 
 from ..sm90 import ptx
-from .config import BLOCK, NUM_SLABS, RESCALE_LOG2, SLAB_BYTES, TILE_M
+from .config import BLOCK, HEAD_DIM_V, NUM_SLABS, RESCALE_LOG2, SLAB_BYTES, TILE_M
 from .cta import BAR_MAX0, BAR_MAX1, BAR_P0, BAR_P1, K0L, K0R, K1L, K1R, NEG_BIG, WG, Place, Shared, sync_math
 from .work import DecodeArgs, Piece, get_piece, load_record, next_position, not_done, visible_keys
 
@@ -157,8 +157,8 @@ class Math:
         """Rows past the sequence's end may hold NaN, and 0 * NaN would reach O: clear them in V before the first block."""
         first_unused = piece.seqlen - (piece.end - 1) * BLOCK
         if first_unused < BLOCK:
-            cute.arch.mbarrier_wait(s.k_full + K0L, phase)
-            cute.arch.mbarrier_wait(s.k_full + K0R, phase)
+            for slab in cutlass.range_constexpr(HEAD_DIM_V // 64):
+                cute.arch.mbarrier_wait(s.k_full + slab, phase)
             base = s.sK.iterator.toint() + (c.wg * 4 + (c.t % 32) // 8) * SLAB_BYTES + (c.t % 8) * 16
             for row in cutlass.range(first_unused + c.t // 32, BLOCK, 4, unroll=1):
                 ptx.st_shared_zero16(base + row * 128)
@@ -174,13 +174,15 @@ class Math:
             cute.gemm(atom, O, rP[None, None, k], rV[None, None, k], O)
         warpgroup.commit_group()
 
-    def issue_qk(self, mma, r, v, stage, slabs, first):
-        """S (+)= Q K^T over some 64-column slabs, as one wgmma group; the RoPE slab of Q comes from registers."""
+    def issue_qk(self, mma, s, r, v, stage, slabs, phase, first):
+        """S (+)= Q K^T, each 64-column slab as it lands and as a wgmma group of its own: a group that spans a wait is
+        serialised by ptxas. The RoPE slab of Q comes from registers."""
         atom, atom8 = cute.make_mma_atom(mma.qk.op), cute.make_mma_atom(mma.qk_rs.op)
         atom.set(warpgroup.Field.ACCUMULATE, not first)
         atom8.set(warpgroup.Field.ACCUMULATE, True)
-        warpgroup.fence()
         for slab in slabs:
+            cute.arch.mbarrier_wait(s.k_full + stage * NUM_SLABS + slab, phase)
+            warpgroup.fence()
             for k in range(4):
                 b = v.rK[None, None, k, stage * NUM_SLABS + slab]
                 if slab == NUM_SLABS - 1:
@@ -188,15 +190,13 @@ class Math:
                 else:
                     cute.gemm(atom, r.S, v.rQ[None, None, k, slab], b, r.S)
                     atom.set(warpgroup.Field.ACCUMULATE, True)
-        warpgroup.commit_group()
+            warpgroup.commit_group()
 
     def first_scores(self, w, mma, s, r, v, phase):
         """S of the piece's first block of this warpgroup, each half as soon as it is there."""
-        left, right = (K0L, K0R) if w == 0 else (K1L, K1R)
-        halves = ((left, range(0, 4)), (right, range(4, NUM_SLABS)))
-        for i, (slot, slabs) in enumerate(halves if w == 0 else halves[::-1]):
-            cute.arch.mbarrier_wait(s.k_full + slot, phase)
-            self.issue_qk(mma, r, v, w, slabs, i == 0)
+        halves = (range(0, 4), range(4, NUM_SLABS))
+        for i, slabs in enumerate(halves if w == 0 else halves[::-1]):
+            self.issue_qk(mma, s, r, v, w, slabs, phase, i == 0)
         warpgroup.wait_group(0)
 
     @cute.jit
@@ -279,13 +279,11 @@ class Math:
         cute.arch.barrier(barrier_id=BAR_P1, number_of_threads=2 * WG)
         self.issue_pv(mma.pv, r.O, v.rP_other, v.rV_other)  # O_L += P1 V1_L
         if k.more:
-            cute.arch.mbarrier_wait(s.k_full + K0L, k.next_phase)
-            self.issue_qk(mma, r, v, 0, range(0, 4), True)
-            warpgroup.wait_group(1)
+            self.issue_qk(mma, s, r, v, 0, range(0, 4), k.next_phase, True)
+            warpgroup.wait_group(4)  # all but the four slabs: P1 V1_L is done
             if c.t == 0:
                 cute.arch.mbarrier_arrive(s.k_empty + K1L)
-            cute.arch.mbarrier_wait(s.k_full + K0R, k.next_phase)
-            self.issue_qk(mma, r, v, 0, range(4, NUM_SLABS), False)
+            self.issue_qk(mma, s, r, v, 0, range(4, NUM_SLABS), k.next_phase, False)
             warpgroup.wait_group(0)
         else:
             warpgroup.wait_group(0)

@@ -123,7 +123,7 @@ def decode(
         (tiles, h_kv, partitions),
         stream,
         q_map,
-        *_k_maps(k_cache),
+        _k_map(k_cache),
         block_table.data_ptr(),
         block_table.stride(0),
         cache_seqlens.data_ptr(),
@@ -225,20 +225,17 @@ def _q_map(
     return q_map, q_group, q_kv_step, q
 
 
-def _k_maps(k_cache: Tensor) -> tuple[TensorMap, TensorMap]:
-    """Tensor maps with the boxes for columns 0-255 and 256-575 of a page."""
-    num_pages, page, h_kv, _ = k_cache.shape
+def _k_map(k_cache: Tensor) -> TensorMap:
+    num_pages, page, h_kv, head_dim = k_cache.shape
     stride_page, stride_row, stride_head, _ = k_cache.stride()
     if h_kv == 1:
         stride_head = stride_row  # an extent of 1 may carry any stride, which the encoder would refuse
-    address, dtype = k_cache.data_ptr(), _DTYPE_NAMES[k_cache.dtype]
-    dims = (64, page, cfg.NUM_SLABS, h_kv, num_pages)
-    strides = (stride_row * 2, 128, stride_head * 2, stride_page * 2)
-    config = cfg.DecodeConfig(dtype, page)
-    left, right = config.box_slabs
-    return (
-        tensor_map(address, dtype, dims, strides, (64, config.box_rows, left, 1, 1)),
-        tensor_map(address, dtype, dims, strides, (64, config.box_rows, right, 1, 1)),
+    return tensor_map(
+        k_cache.data_ptr(),
+        _DTYPE_NAMES[k_cache.dtype],
+        (head_dim, page, h_kv, num_pages),
+        (stride_row * 2, stride_head * 2, stride_page * 2),
+        (64, min(page, cfg.BLOCK), 1, 1),
     )
 
 
