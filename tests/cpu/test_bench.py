@@ -182,6 +182,34 @@ def test_table_shows_every_row_and_missed_goals():
     assert "geometric" not in alone
 
 
+def test_markdown_says_what_was_met_missed_and_failed(tmp_path, capsys):
+    made = synthetic()
+    made["rows"][12]["results"]["cutehop"]["median_us"] = 18.5  # b1-sq1-sk4096-hq16, goal 18
+    del made["rows"][13]["results"]["A"]
+    assert mla.main(["--from", str(report.write(made, tmp_path)), "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == report.markdown(made).splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:33]]
+    assert table[0] == [
+        *("row", "cutehop us", "A us", "B us", "best peer / ours", "limit us", "TFLOPS", "GB/s", "% of roofline")
+    ]
+    assert {len(cells) for cells in table} == {9}
+    assert [cells[0] for cells in table[2:]] == [row.name for row in rows.ROWS]
+    assert (table[14][5], table[15][2], table[15][5], table[2][5]) == ("18 missed", "failed", "18 met", "-")
+    assert table[2][1:5] == ["10.0", "12.0", "20.0", "1.20"]
+    assert lines[-2] == "Limits met: 14 of 15."
+    assert lines[-1] == "Geometric mean of best peer / ours over 31 rows: 1.200; worst row: b1-sq1-sk1024-hq16."
+
+
+def test_markdown_without_peers_or_without_us():
+    alone = report.markdown(synthetic(("cutehop",)))
+    assert "Geometric" not in alone
+    assert alone.endswith("Limits met: 15 of 15.")
+    only_peers = report.markdown(synthetic(("A",)))
+    assert "| 18 missed | - | - | - |" in only_peers
+    assert only_peers.endswith("Limits met: 0 of 15.")
+
+
 def test_geometric_mean():
     assert report.geometric_mean([]) is None
     ratios = [random.Random(1).uniform(0.5, 2) for _ in range(3)]
@@ -221,7 +249,7 @@ def test_plot_rejects_other_endings(tmp_path):
     ("argv", "message"),
     [
         (["--repeats", "0"], "--repeats 0: at least 1"),
-        (["--from", "x.json"], "--from needs --plot"),
+        (["--from", "x.json"], "--from needs --plot or --markdown"),
         (["--rwos"], "--rwos"),
     ],
 )

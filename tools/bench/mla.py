@@ -113,19 +113,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--kernel-only", action="store_true", help="time the longest kernel of a call (profiler), not the call")
     add("--l2-flush", action="store_true", help="overwrite L2 before every call")
     add("--plot", metavar="FILE", type=Path, help="draw the roofline (.svg or .png) of this run, or of --from")
-    add("--from", metavar="JSON", type=Path, dest="source", help="with --plot: draw this report, measure nothing")
+    add("--markdown", action="store_true", help="print the table as markdown")
+    add("--from", metavar="JSON", type=Path, dest="source", help="plot or print this report, measure nothing")
     options = parser.parse_args(argv)
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: at least 1")
-    if options.source and not options.plot:
-        parser.error("--from needs --plot")
+    if options.source and not (options.plot or options.markdown):
+        parser.error("--from needs --plot or --markdown")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.source:
-        draw(reports.load(args.source), args.plot)
+        report = reports.load(args.source)
+        if args.plot:
+            draw(report, args.plot)
+        if args.markdown:
+            print(reports.markdown(report))
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.kernel_only and device.type != "cuda":
@@ -134,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = run(select(args.rows), [ours(), *find_peers(args.peers)], device, options, args.out)
     if args.plot:
         draw(report, args.plot)
-    print(reports.table(report))
+    print(reports.markdown(report) if args.markdown else reports.table(report))
     return int(any(row["failed"] for row in report["rows"]))
 
 

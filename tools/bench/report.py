@@ -1,4 +1,4 @@
-"""The bench's result as a JSON document and as a table. See SCHEMA for the fields."""
+"""The bench's result as a JSON document, a table for a terminal and markdown. README.md lists the JSON's fields."""
 
 from __future__ import annotations
 
@@ -138,6 +138,46 @@ def table(report: Report) -> str:
     if mean is not None:
         text.append(f"geometric mean of best peer / ours: {mean:.3f} (worst row: {summarise(report)['worst_row']})")
     return "\n".join(text)
+
+
+def markdown(report: Report) -> str:
+    """The report for a README: one line a row, medians in us, and how the project's goals were met."""
+    names = [x["name"] for x in report["implementations"]]
+    head = ["row", *(f"{name} us" for name in names), "best peer / ours", "limit us", "TFLOPS", "GB/s", "% of roofline"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *(_markdown_cells(row, names) for row in report["rows"])]
+    text = [f"| {' | '.join(line)} |" for line in lines]
+    machine, ceilings, summary = report["machine"], report["ceilings"], summarise(report)
+    date, commit = report["date"][:10], (report["git_commit"] or "unknown")[:12]
+    stream, matmul = max(ceilings["copy_gbs"], ceilings["read_gbs"]), ceilings["matmul_tflops"]
+    text.append(
+        f"\n{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, {date}, commit {commit}"
+        f"{' with changes' if report['git_modified'] else ''}: `{report['command']}`. "
+        f"Roofline of the same run: {stream:.0f} GB/s, {matmul:.0f} TFLOPS."
+    )
+    met = [_met(row) for row in report["rows"] if row["limit_us"] is not None]
+    if met:
+        text.append(f"Limits met: {sum(met)} of {len(met)}.")
+    if summary["geometric_mean_ratio"] is not None:
+        rows = sum(row["ratio_to_best_peer"] is not None for row in report["rows"])
+        text.append(
+            f"Geometric mean of best peer / ours over {rows} rows: {summary['geometric_mean_ratio']:.3f}; worst row: "
+            f"{summary['worst_row']}."
+        )
+    return "\n".join(text)
+
+
+def _met(row: Report) -> bool:
+    """Whether we are within the row's limit; not if we failed."""
+    return OURS in row["results"] and row["results"][OURS]["median_us"] <= row["limit_us"]
+
+
+def _markdown_cells(row: Report, names: Sequence[str]) -> list[str]:
+    results, own = row["results"], row["results"].get(OURS)
+    times = [f"{results[name]['median_us']:.1f}" if name in results else "failed" for name in names]
+    ratio = f"{row['ratio_to_best_peer']:.2f}" if row["ratio_to_best_peer"] else "-"
+    goal = "-" if row["limit_us"] is None else f"{row['limit_us']:g} {'met' if _met(row) else 'missed'}"
+    rates = [f"{own['tflops']:.0f}", f"{own['gbs']:.0f}", f"{own['roofline_percent']:.0f}"] if own else ["-"] * 3
+    return [row["name"], *times, ratio, goal, *rates]
 
 
 def _cells(row: Report, names: Sequence[str]) -> list[str]:

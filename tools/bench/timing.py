@@ -43,6 +43,7 @@ class GraphLane:
 
     def __init__(self, call: Callable[[], Any], flush: torch.Tensor | None) -> None:
         self._flush = flush
+        self._call = call  # keeps the plan and the inputs alive, which the graph reads
         torch.cuda.synchronize()  # the inputs and the plan were made on another stream
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
