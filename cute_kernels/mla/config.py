@@ -10,6 +10,7 @@ NUM_SLABS = HEAD_DIM // 64  # 64-column slabs of one block, 8 KiB each
 SLAB_BYTES = BLOCK * 64 * 2
 VISIT_COST = 4  # planner: what starting and finishing one piece costs, in blocks
 MERGE_MAX = 2  # sequences in at most so many pieces are merged by the decode kernel itself, others by the combine kernel
+COMBINE_COST = 3  # planner: what it costs a call if any sequence needs the combine kernel, in blocks
 COMBINE_REQ = 5  # column of the plan: row i holds the i-th sequence left to combine, or the batch size behind the last
 SEQLEN = 6  # column of the plan: length of the partition's first sequence
 PAGE_SIZES = (16, 32, 64, 128)

@@ -124,8 +124,9 @@ class Epilogue:
         head = c.kv_head * a.heads_per_kv + packed % a.heads_per_kv
         factor = Float32(1.0)
         if a.has_sink != 0:
-            if row < rows:
-                factor = cute.arch.rcp_approx(1.0 + cute.math.exp2(load_f32(a.attn_sink, head) * LOG2E - lse, fastmath=True))
+            if (row < rows) & (lse > -Float32.inf):  # else O is 0 already
+                sink = load_f32(a.attn_sink, head) * LOG2E
+                factor = cute.arch.rcp_approx(1.0 + cute.math.exp2(sink - lse, fastmath=True))
         out_row = a.out.toint() + (Int64(piece.token0 + token) * a.h_q + head) * (HEAD_DIM_V * 2)
         self.store_row(O, h, factor, out_row, row < rows, c)
         if (c.wg == 0) & (c.t % 4 == 0) & (row < rows):

@@ -16,7 +16,7 @@ from cutlass import Int32, const_expr
 from ..jit import Program
 from ..sm90.args import fake_args, param_kinds
 from ..sm90.gmem import load_i32, store_i32
-from .config import COMBINE_REQ, MERGE_MAX, PLAN_THREADS, SEQLEN, VISIT_COST, PlanConfig
+from .config import COMBINE_COST, COMBINE_REQ, MERGE_MAX, PLAN_THREADS, SEQLEN, VISIT_COST, PlanConfig
 from .work import num_blocks
 
 
@@ -30,6 +30,7 @@ class PlanArgs:
     batch: Int32
     partitions: Int32
     min_piece: Int32  # blocks
+    row_tiles: Int32
     split_blocks: Int32
 
 
@@ -46,40 +47,64 @@ class MlaPlan:
         lane, _, _ = cute.arch.thread_idx()
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        cost = Int32(0)
-        longest = Int32(1)
+        cost, total, longest = Int32(0), Int32(0), Int32(1)
         for i in cutlass.range(lane, a.batch, 32, unroll=1):
             blocks = num_blocks(load_i32(a.cache_seqlens, i))
             units = Int32(1)
             if a.split_blocks > 0:
                 units = (blocks + a.split_blocks - 1) // a.split_blocks
             cost += blocks + units * VISIT_COST
+            total += blocks
             longest = blocks if blocks > longest else longest
         cost = cute.arch.warp_redux_sync(cost, "add")
-        start = (cost + a.partitions - 1) // a.partitions
+        total = cute.arch.warp_redux_sync(total, "add")
         longest = cute.arch.warp_redux_sync(longest, "max")
-        least = Int32(VISIT_COST + a.min_piece)
+        share = (cost + a.partitions - 1) // a.partitions
+        shortest = a.min_piece
         if a.split_blocks > 0:
-            least = VISIT_COST + (a.split_blocks if a.split_blocks < longest else longest)
-        start = start if start > least else least
-        width = Int32(-1)
-        while width < 0:
-            fits = self.fill(False, a, start + lane) <= a.partitions
-            ballot = cute.arch.vote_ballot_sync(fits)
-            if ballot != 0:
-                width = start + Int32(cute.arch.clz(cute.arch.brev(ballot)))  # the first lane that fits
-            start += 32
+            shortest = a.split_blocks if a.split_blocks < longest else longest
+        lowest = shortest + VISIT_COST if shortest + VISIT_COST > share else share
+        width, pieces = self.search(a, shortest, lowest, Int32(1 << 30), lane)
+        if (pieces > MERGE_MAX) & (a.split_blocks == 0):
+            floor = VISIT_COST + (total * 9) // (5 * a.partitions * a.row_tiles)
+            half = (longest + 1) // 2
+            half = half if half > shortest else shortest
+            lowest = half + VISIT_COST if half + VISIT_COST > share else share
+            highest = (width if width > floor else floor) + COMBINE_COST
+            coarse, _ = self.search(a, half, lowest, highest, lane)
+            if coarse > 0:
+                width = coarse
+                shortest = half
         if lane == 0:
-            used = self.fill(True, a, width)
+            used, _ = self.fill(True, a, width, shortest)
             for part in cutlass.range(used, a.partitions, unroll=1):
                 for i in cutlass.range_constexpr(8):
                     if const_expr(i != COMBINE_REQ):
                         store_i32(a.plan, part * 8 + i, a.batch if const_expr(i in (0, 2)) else Int32(0))
 
     @cute.jit
-    def fill(self, write: cutlass.Constexpr[bool], a: PlanArgs, width: Int32):
-        """Partitions needed when each may cost `width`; writes records and slots if asked to."""
-        part, credit, slots = Int32(0), width, Int32(0)
+    def search(self, a: PlanArgs, shortest: Int32, lowest: Int32, highest: Int32, lane: Int32):
+        """The first width in [lowest, highest] with which the partitions suffice, and the most pieces of a sequence then;
+        -1 if there is none."""
+        width, pieces = Int32(-1), Int32(0)
+        start = lowest
+        while (width < 0) & (start <= highest):
+            used, most = self.fill(False, a, start + lane, shortest)
+            ballot = cute.arch.vote_ballot_sync((used <= a.partitions) & (start + lane <= highest))
+            if ballot != 0:
+                first = Int32(cute.arch.clz(cute.arch.brev(ballot)))
+                width = start + first
+                pieces = cute.arch.shuffle_sync(most, first)
+            start += 32
+        return width, pieces
+
+    @cute.jit
+    def fill(self, write: cutlass.Constexpr[bool], a: PlanArgs, width: Int32, shortest: Int32):
+        """Partitions needed when each may cost `width`, and the most pieces of a sequence; writes the plan if asked to.
+
+        A piece is cut off only if it has at least `shortest` blocks.
+        """
+        part, credit, slots, most = Int32(0), width, Int32(0), Int32(0)
         if const_expr(write):
             self.begin(a, part, Int32(0), Int32(0), Int32(0))
             store_i32(a.num_splits, 0, slots)
@@ -95,7 +120,7 @@ class MlaPlan:
                         done += rest
                         pieces += 1
                     else:
-                        if credit - VISIT_COST >= a.min_piece:
+                        if credit - VISIT_COST >= shortest:
                             done += credit - VISIT_COST
                             pieces += 1
                         credit = Int32(0)
@@ -122,6 +147,7 @@ class MlaPlan:
                         self.begin(a, part + 1, req, done, pieces)
                     part += 1
                     credit = width
+            most = pieces if pieces > most else most
             if const_expr(write):
                 slots += pieces if pieces > 1 else Int32(0)
                 if (pieces > MERGE_MAX) & (combines < a.partitions):
@@ -132,7 +158,7 @@ class MlaPlan:
             self.end(a, part, a.batch, Int32(0))
             for i in cutlass.range(combines, a.partitions, unroll=1):
                 store_i32(a.plan, i * 8 + COMBINE_REQ, a.batch)
-        return part + 1
+        return part + 1, most
 
     def begin(self, a, part, req, block, split):
         seqlen = load_i32(a.cache_seqlens, req)

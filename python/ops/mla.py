@@ -43,7 +43,7 @@ from torch import Tensor, float32
 from torch._subclasses.fake_tensor import FakeTensor
 
 from cutehop.ops._define import define
-from cutehop.ops._mla_checks import check_address, check_decode, check_outputs, check_plan, output_shapes
+from cutehop.ops._mla_checks import check_address, check_decode, check_plan, output_shapes
 from cutehop.ref import mla as ref
 from cutehop.ref import mla_plan as ref_plan
 
@@ -94,16 +94,6 @@ def _decode_cpu(
     return ref.mla_decode(q, k_cache, block_table, cache_seqlens, **options)
 
 
-def _decode_cuda(q: Tensor, k_cache: Tensor, *others: Tensor, out: Tensor, lse: Tensor, **options: Any) -> None:
-    from cutehop.ops import _mla_cuda  # imports cuda-python, which a CPU machine may lack
-
-    check_decode(q, k_cache, *others, **options)
-    check_outputs(q, out, lse, ragged=options.get("cu_seqlens_q") is not None)
-    check_address("k_cache", k_cache)
-    check_address("out", out)
-    _mla_cuda.decode(q, k_cache, *others, out=out, lse=lse, **options)
-
-
 define(
     "mla_plan",
     "(Tensor cache_seqlens, int s_q, int h_q, int h_kv=1, int num_sms=132, int split_tokens=0)"
@@ -119,6 +109,6 @@ define(
     " int max_seqlen_q=0, int split_tokens=0, bool empty_lse_neg_inf=False) -> (Tensor out, Tensor lse)",
     allocate=_allocate_decode,
     cpu=_decode_cpu,
-    cuda="cutehop.ops.mla:_decode_cuda",
+    cuda="cutehop.ops._mla_cuda:decode",
     out_variant=True,
 )

@@ -22,6 +22,7 @@ VISIT_COST = 4  # blocks; mirrored in cute_kernels/mla/config.py, which imports 
 ROW_TILE = 64  # rows (query token, query head) of one CTA
 METADATA_COLUMNS = 8  # a Record, then the two columns below and 0
 COMBINE_REQ = 5  # row i: the i-th request in more than MERGE_MAX pieces (as many as there are rows), b behind the last
+COMBINE_COST = 3  # blocks; what a call pays if any request is in more pieces than that
 MERGE_MAX = 2  # pieces that the decode kernel merges itself
 SEQLEN = 6  # length of the record's first request
 
@@ -77,11 +78,23 @@ def schedule(
     if split_tokens:
         shortest = longest = min(split_tokens // BLOCK, longest)
     visits = sum(-(-n // longest) for n in blocks)
-    credit = max(-(-(sum(blocks) + VISIT_COST * visits) // partitions), VISIT_COST + shortest)
+    cost = sum(blocks) + VISIT_COST * visits
+    credit = max(-(-cost // partitions), VISIT_COST + shortest)
     # Linear, because the number of partitions need not fall monotonically with the credit. It takes few steps: a closed
     # partition leaves less than VISIT_COST + shortest of its credit unused.
     while len((plan := _fill(blocks, credit, shortest, longest))[0]) > partitions:
         credit += 1
+    if split_tokens or max(plan[1], default=0) <= MERGE_MAX:
+        return credit, *plan
+    # Pieces of at least half the longest request: never more than two of one request, which the decode kernel merges
+    # itself. Worth it up to what combining costs; and no partition is faster than its share of the memory bandwidth,
+    # which a block takes 9/5 as long to come through as to compute (shared by the row tiles, which read the same keys).
+    floor = VISIT_COST + sum(blocks) * 9 // (5 * partitions * -(-rows // ROW_TILE))
+    half = max(shortest, -(-max(blocks) // 2))
+    lowest = max(-(-cost // partitions), VISIT_COST + half)
+    for coarse in range(lowest, max(credit, floor) + COMBINE_COST + 1):
+        if len((halves := _fill(blocks, coarse, half, longest))[0]) <= partitions:
+            return coarse, *halves
     return credit, *plan
 
 

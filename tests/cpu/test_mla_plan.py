@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cutehop.cute_kernels.mla import config as kernel_config
+from cutehop.ops import _mla_cuda
 from cutehop.ref import mla_plan as planner
+from tests.mla_cases import HEAD_PAIRS
 
 SHAPES = [(s_q, h_q, h_kv) for s_q in (1, 2, 4) for h_q, h_kv in ((1, 1), (16, 1), (64, 1), (128, 1), (128, 8), (9, 3))]
 
@@ -66,16 +71,31 @@ def test_every_plan_tiles_the_work(shape, split_tokens):
             assert all(begin % unit == 0 and end == min(begin + unit, blocks[req]) for req, begin, end, _ in flat)
 
 
+def smallest_credit(blocks: list[int], partitions: int, shortest: int) -> int:
+    """Found by trying every one."""
+    share = -(-sum(n + planner.VISIT_COST for n in blocks) // partitions)
+    tried = itertools.count(max(share, planner.VISIT_COST + shortest))
+    return next(w for w in tried if len(planner._fill(blocks, w, shortest, max(blocks))[0]) <= partitions)
+
+
 def test_credit_is_the_smallest_that_suffices():
+    """That of pieces as short as they may be, or of halves of the longest request where that saves the combining."""
     rng = random.Random(1)
-    for _ in range(40):
+    chosen = {"uncut or in two": 0, "halves": 0, "short pieces": 0}
+    for _ in range(100):
         lengths, partitions, rows = random_batch(rng), rng.choice((1, 7, 66, 132)), rng.choice((16, 128))
         blocks = [max(-(-n // 64), 1) for n in lengths]
-        credit, _, _ = planner.schedule(lengths, partitions, rows)
+        credit, _, counts = planner.schedule(lengths, partitions, rows)
         shortest = planner.min_piece(rows)
-        lowest = max(-(-sum(n + planner.VISIT_COST for n in blocks) // partitions), planner.VISIT_COST + shortest)
-        tried = [len(planner._fill(blocks, w, shortest, max(blocks))[0]) for w in range(lowest, credit)]
-        assert all(used > partitions for used in tried)
+        short = smallest_credit(blocks, partitions, shortest)
+        halves = smallest_credit(blocks, partitions, max(shortest, -(-max(blocks) // 2)))
+        if max(counts) > planner.MERGE_MAX:
+            chosen["short pieces"] += 1
+            assert credit == short < halves - planner.COMBINE_COST
+        else:
+            chosen["halves" if credit > short else "uncut or in two"] += 1
+            assert credit in (short, halves)
+    assert min(chosen.values()) > 5, chosen
 
 
 def test_tensors_mirror_the_schedule():
@@ -109,19 +129,68 @@ def test_empty_batch():
     assert not metadata.any()
 
 
-def test_one_sequence_of_n_blocks_is_cut_into_n_pieces():
+def test_one_sequence_is_cut_into_any_number_of_pieces():
     # The GPU tests rely on this to reach every piece count with h_q 16.
+    free = [planner.schedule([64 * blocks], 132, 16)[2] for blocks in range(1, 133)]
+    assert free[:2] + free[8:] == [[1], [2], *([n] for n in range(9, 133))]
+    assert free[2:8] == [[2]] * 6  # two halves take no longer than the combine kernel would
     for blocks in range(1, 133):
-        assert planner.schedule([64 * blocks], 132, 16)[2] == [blocks]
+        assert planner.schedule([64 * blocks], 132, 16, split_tokens=64)[2] == [blocks]
+
+
+# ---- what the kernels and their launcher take from the planner ------------------------------------------------------
 
 
 def test_kernels_use_the_same_constants():
-    assert kernel_config.VISIT_COST == planner.VISIT_COST
-    assert kernel_config.BLOCK == planner.BLOCK
-    assert kernel_config.MERGE_MAX == planner.MERGE_MAX
-    assert kernel_config.COMBINE_REQ == planner.COMBINE_REQ
-    for rows in (1, 64, 65, 512):
-        assert kernel_config.min_piece(rows) == planner.min_piece(rows)
-    for s_q, h_q, h_kv in SHAPES:
-        tiles = kernel_config.row_tiles(s_q, h_q // h_kv)
-        assert kernel_config.num_partitions(132, tiles, h_kv) == planner.num_partitions(s_q, h_q, h_kv, 132)
+    mirrored = {name for name in vars(planner) if name.isupper()} & set(vars(kernel_config))
+    assert mirrored >= {"BLOCK", "VISIT_COST", "MERGE_MAX", "COMBINE_REQ", "COMBINE_COST", "SEQLEN"}
+    assert {n: getattr(kernel_config, n) for n in mirrored} == {n: getattr(planner, n) for n in mirrored}
+    assert kernel_config.TILE_M == planner.ROW_TILE
+
+
+@pytest.mark.parametrize("num_sms", [1, 16, 78, 132])
+def test_kernels_use_the_same_partitions(num_sms):
+    for s_q in (*range(1, 10), 64, 1000):
+        for h_q, h_kv in (*HEAD_PAIRS, (256, 2), (1024, 1)):
+            rows = s_q * h_q // h_kv
+            assert kernel_config.min_piece(rows) == planner.min_piece(rows)
+            partitions = kernel_config.num_partitions(num_sms, kernel_config.row_tiles(s_q, h_q // h_kv), h_kv)
+            assert partitions == planner.num_partitions(s_q, h_q, h_kv, num_sms)
+
+
+def check_bounds(lengths: list[int], partitions: int, rows: int, split_tokens: int) -> None:
+    """What the launcher provides from shapes alone, before any plan is known, is enough for this plan."""
+    _, _, counts = planner.schedule(lengths, partitions, rows, split_tokens)
+    slots = sum(n for n in counts if n > 1)
+    assert slots <= _mla_cuda._max_slots(len(lengths), partitions, max(lengths), split_tokens)
+    if not split_tokens:  # else every sequence is looked at
+        combines = sum(n > planner.MERGE_MAX for n in counts)
+        assert combines <= kernel_config.max_combines(len(lengths), partitions) <= partitions
+
+
+@given(
+    lengths=st.lists(st.integers(0, 70).map(lambda n: 64 * n) | st.integers(0, 40000), min_size=1, max_size=40),
+    partitions=st.integers(1, 132),
+    rows=st.sampled_from((1, 64, 65, 512)),
+    split_tokens=st.sampled_from((0, 0, 0, 64, 512, 4096)),
+)
+@settings(deadline=None, derandomize=True, max_examples=500)
+def test_bounds_of_any_batch(lengths, partitions, rows, split_tokens):
+    check_bounds(lengths, partitions, rows, split_tokens)
+
+
+@pytest.mark.parametrize("rows", [16, 128])
+def test_bounds_where_many_sequences_are_cut(rows):
+    for partitions in range(1, 133):
+        for batch in {max(partitions * k // 12, 1) for k in range(1, 13)}:
+            check_bounds([64 * 40] * batch, partitions, rows, 0)
+
+
+def test_bounds_can_be_reached():
+    """Equal sequences, each over two and a half partitions: each of their pieces needs a slot, and all are combined."""
+    for partitions in (5, 65, 129):
+        batch = (partitions - 1) // 2
+        lengths = [64 * 40 * partitions] * batch
+        _, _, counts = planner.schedule(lengths, partitions, 128)
+        assert sum(n > planner.MERGE_MAX for n in counts) == (partitions - 1) // 2
+        assert sum(counts) == _mla_cuda._max_slots(batch, partitions, max(lengths), 0)

@@ -212,4 +212,10 @@ def test_cache_of_more_than_2_to_31_elements(page):
 
 @pytest.mark.slow
 def test_q_of_more_than_2_to_31_elements():
-    check(MlaCase(30000, 1, 40, 128))
+    inputs = build_inputs(MlaCase(30000, 1, 40, 128), "cuda")
+    out, lse = inputs.decode()
+    last = slice(-64, None)  # the float64 comparison of all of it would not fit the GPU
+    tail = replace(
+        inputs, q=inputs.q[last], block_table=inputs.block_table[last], cache_seqlens=inputs.cache_seqlens[last]
+    )
+    assert not failures(tail, (out[last], lse[last]))

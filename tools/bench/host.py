@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -112,12 +113,9 @@ def _launches(call: Callable[[], Any]) -> dict[str, float]:
         original(self, *args)
         spent.append(time.perf_counter() - start)
 
-    Kernel.launch = timed
-    try:
+    with mock.patch.object(Kernel, "launch", timed):
         for _ in range(CALLS):
             call()
-    finally:
-        Kernel.launch = original
     torch.cuda.synchronize()
     count = len(spent) // CALLS
     each = statistics.median(spent) * 1e6
