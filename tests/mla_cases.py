@@ -216,5 +216,7 @@ def failures(
 ) -> list[str]:
     """Mismatches of (out, lse) with the reference, each with the case; empty if all is well."""
     out, lse = expected or inputs.reference()
-    found = (mismatch("out", actual[0], out, OUT_TOLERANCE), mismatch("lse", actual[1], lse, LSE_TOLERANCE))
+    # The fp32 error of a dot product grows with the products it adds up; lse may be near 0 all the same.
+    lse_tolerance = replace(LSE_TOLERANCE, absolute=LSE_TOLERANCE.absolute * max(1.0, inputs.case.score_scale / 10))
+    found = (mismatch("out", actual[0], out, OUT_TOLERANCE), mismatch("lse", actual[1], lse, lse_tolerance))
     return [f"{text} in {inputs.case}" for text in found if text]

@@ -2,10 +2,10 @@
 
     M = max_j lse_j,  w_j = 2^(lse_j - M),  out = sum_j w_j O_j / (sum_j w_j + 2^(sink - M))
 
-Only for sequences in more pieces than the decode kernel merges itself. Grid (row tiles x 32, sequences), 256 threads. A CTA
-owns 16 rows x 64 columns, a warp 8 of the columns: the piece of accumulator layout that one warp of the decode kernel
-stored with one instruction. Pieces are taken a chunk at a time with all loads in flight, the running maximum as in online
-softmax. Bound by reading the partial results from L2.
+Only for sequences in more pieces than the decode kernel merges itself. Grid (row tiles x 32, sequences), 256 threads.
+A CTA owns 16 rows x 64 columns, a warp 8 of the columns: the piece of accumulator layout that one warp of the decode
+kernel stored with one instruction. Pieces are taken a chunk at a time with all loads in flight, the running maximum as
+in online softmax. Bound by reading the partial results from L2.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,6 @@ from ..sm90.args import fake_args, param_kinds
 from ..sm90.gmem import load_f32, load_i32, store_f32
 from .config import COMBINE_REQ, COMBINE_THREADS, HEAD_DIM_V, MERGE_MAX, TILE_M, CombineConfig
 from .cta import LN2, LOG2E, NEG_BIG
-
 
 
 @dataclass(frozen=True)

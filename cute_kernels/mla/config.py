@@ -9,8 +9,9 @@ TILE_M = 64  # packed (token, head) rows per CTA: one wgmma M
 NUM_SLABS = HEAD_DIM // 64  # 64-column slabs of one block, 8 KiB each
 SLAB_BYTES = BLOCK * 64 * 2
 VISIT_COST = 4  # planner: what starting and finishing one piece costs, in blocks
-MERGE_MAX = 2  # sequences in at most so many pieces are merged by the decode kernel itself, others by the combine kernel
-COMBINE_COST = 3  # planner: what it costs a call if any sequence needs the combine kernel, in blocks
+MERGE_MAX = (
+    2  # sequences in at most so many pieces are merged by the decode kernel itself, others by the combine kernel
+)
 COMBINE_REQ = 5  # column of the plan: row i holds the i-th sequence left to combine, or the batch size behind the last
 SEQLEN = 6  # column of the plan: length of the partition's first sequence
 PAGE_SIZES = (16, 32, 64, 128)
@@ -50,13 +51,18 @@ def min_piece(rows: int) -> int:
     return 1 if rows <= TILE_M else 2
 
 
+def combine_cost(rows: int) -> int:
+    """Planner: what a call pays, in blocks, if any sequence needs the combine kernel: little where rows are few."""
+    return 0 if rows <= 32 else 3
+
+
 def max_combines(batch: int, partitions: int) -> int:
-    """Most sequences a plan can leave to the combine kernel: P - 1 cuts make at most 2 (P - 1) pieces of cut sequences."""
+    """Most sequences a plan can leave to the combine kernel: P - 1 cuts make at most 2 (P - 1) pieces."""
     return min(batch, 2 * (partitions - 1) // (MERGE_MAX + 1))
 
 
 def combine_chunk(batch: int, partitions: int, split_blocks: int) -> int:
-    """Few long sequences have many pieces each; with fixed splits the order of additions must not depend on the batch."""
+    """Few sequences have many pieces each; with fixed splits the order of additions must not depend on the batch."""
     return 16 if partitions >= 12 * batch and split_blocks == 0 else 8
 
 
@@ -66,6 +72,5 @@ def row_tiles(s_q: int, heads_per_kv: int) -> int:
 
 
 def num_partitions(num_sms: int, tiles: int, h_kv: int) -> int:
-    """CTAs that share the work of one (row tile, kv head): the grid never exceeds one CTA per SM unless tiles alone do."""
+    """CTAs that share the work of one (row tile, kv head); the grid has one CTA per SM unless tiles alone are more."""
     return max(num_sms // (tiles * h_kv), 1)
-

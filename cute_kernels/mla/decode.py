@@ -14,8 +14,8 @@ Roles (384 threads)
 A full 64x512 fp32 output takes half the register file, so one CTA holds one output tile, cut in columns, and the two
 warpgroups alternate on the softmax instead of on output tiles. One pair of blocks, the newest key block first:
 
-    WG0  max S0, publish m, a0 | P0 = exp | O_L += P0 V0_L | P0 *= a1 -> smem          | O_L *= a1; O_L += P1 V1_L | S0' = Q K0'
-    WG1         max S1         | publish m, a1 | P1 = exp -> smem; O_R += P1 V1_R      | O_R += P0 V0_R            | S1' = Q K1'
+    WG0  max S0; m, a0 | P0 = exp     | O_L += P0 V0_L | P0 *= a1 -> smem; O_L *= a1 | O_L += P1 V1_L | S0' = Q K0'
+    WG1  max S1        | m, a1; P1 -> smem | O_R += P1 V1_R                          | O_R += P0 V0_R | S1' = Q K1'
 
 Going from the newest block down puts the causal mask and the unused tail rows into the first blocks, before the loop.
 
@@ -23,11 +23,11 @@ Pipelines (mbarriers; L = columns 0-255, R = 256-575)
     k_full[18]   slabs of K0 and K1: bytes of the boxes, so that Q K^T starts with the first 8 KiB
     k_empty[4]   K0L K0R K1L K1R: one arrive of the warpgroup that multiplies that half of V
     q_full   bytes of the slabs               q_empty  one arrive of each warpgroup
-Named barriers (256 threads, one side arrives, the other waits)
-    MAX0 a0 and m ready | MAX1 a1 and m ready | P0 in smem | P1 in smem and V0_R issued | SYNC both
+Named barriers (256 threads; one warpgroup arrives, the other waits)
+    MAX0 a0 and m ready | MAX1 a1 and m ready | P0 in smem | P1 in smem and V0_R issued | SYNC both wait
 
-Shared memory (bytes): Q 73728, K 2 x 73728, P0 8192, row statistics 1024+512, mbarriers 80. P1 overlays the RoPE slab of Q,
-which both warpgroups keep in registers.
+Shared memory (bytes): Q 73728, K 2 x 73728, P0 8192, row statistics 1280, ticket 4, mbarriers 192. P1 overlays the RoPE
+slab of Q, which both warpgroups keep in registers.
 
 Bounds: 2176 tensor cycles and 2304 shared-memory cycles per block and CTA; 73,728 B of DRAM per block.
 """
@@ -46,7 +46,6 @@ from ..jit import Program
 from ..sm90.args import fake_args, param_kinds
 from .config import BLOCK, HEAD_DIM, NUM_SLABS, TILE_M, DecodeConfig
 from .cta import WG, Place, Shared
-from .epilogue import Epilogue
 from .loaders import Loaders
 from .math import Math, Mmas
 from .work import DecodeArgs
@@ -54,7 +53,7 @@ from .work import DecodeArgs
 THREADS = 3 * WG
 
 
-class MlaDecode(Loaders, Math, Epilogue):
+class MlaDecode(Loaders, Math):
     def __init__(self, config: DecodeConfig):
         self.dtype = BFloat16 if config.dtype == "bf16" else Float16
         self.page = config.page_size
@@ -82,7 +81,7 @@ class MlaDecode(Loaders, Math, Epilogue):
 
     @cute.jit
     def __call__(self, args: DecodeArgs, stream: cuda.CUstream):
-        """The maps made here only give the kernel its parameters: the launcher passes real ones, see ops/_mla_cuda.py."""
+        """The map made here only gives the kernel its parameters: the launcher passes real ones (ops/_mla_cuda.py)."""
         fake = create_tensor_map_tiled(Int64(16), self.dtype, [64, 64], [72], [64, 64])
         self.kernel(fake, fake, args).launch(
             grid=(1, 1, 1),

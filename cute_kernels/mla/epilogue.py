@@ -12,13 +12,16 @@ from .work import DecodeArgs, Piece, partial_tile
 
 
 class Epilogue:
-    """Part of decode.MlaDecode, which sets dtype."""
+    """Part of decode.MlaDecode."""
+
+    dtype: type
 
     @cute.jit
     def epilogue(
-        self, a: DecodeArgs, s: Shared, O: cute.Tensor, L: cute.Tensor, piece: Piece, req: Int32, split: Int32, c: Place
-    ):
-        """Divide by the row sums and store straight from registers, so that Q and K of the next piece keep streaming in."""
+        self, a: DecodeArgs, s: Shared, O: cute.Tensor, L: cute.Tensor, piece: Piece, req: Int32, split: Int32,
+        c: Place,
+    ):  # fmt: skip
+        """Divide by the row sums, store straight from registers: Q and K of the next piece keep streaming in."""
         slot = load_i32(a.num_splits, req)
         pieces = load_i32(a.num_splits, req + 1) - slot
         for h in cutlass.range_constexpr(2):
@@ -58,13 +61,21 @@ class Epilogue:
 
     @cute.jit
     def merge(
-        self, a: DecodeArgs, s: Shared, O: cute.Tensor, lse: cute.Tensor, slot: Int32, split: Int32, rows: Int32, c: Place
+        self,
+        a: DecodeArgs,
+        s: Shared,
+        O: cute.Tensor,
+        lse: cute.Tensor,
+        slot: Int32,
+        split: Int32,
+        rows: Int32,
+        c: Place,
     ):
         """Merge the two pieces of a sequence. True for the CTA that ends up with the result in its registers.
 
         The CTA that comes first stores its piece and goes on, the second adds it to its own. Both orders give the same
         bits, so the result does not depend on timing. The second waits only for a CTA that is already storing; nobody
-        waits for a CTA that may not be running. The ticket counts 1 per arrival and 2 for "stored", and is put back to 0.
+        waits for a CTA that may not be running. The ticket counts 1 per arrival and 2 for "stored", and returns to 0.
         """
         ticket = a.tickets + partial_tile(a, slot, c.tile, c.kv_head)
         leader = (c.wg == 0) & (c.t == 0)
@@ -85,9 +96,7 @@ class Epilogue:
         return second
 
     @cute.jit
-    def add_partial(
-        self, a: DecodeArgs, O: cute.Tensor, lse: cute.Tensor, tile_index: Int32, rows: Int32, c: Place
-    ):
+    def add_partial(self, a: DecodeArgs, O: cute.Tensor, lse: cute.Tensor, tile_index: Int32, rows: Int32, c: Place):
         """The softmax-weighted mean of this CTA's normalized result and a stored one."""
         if (c.t // 32) * 16 < rows:
             base = a.partial_out.toint() + ((Int64(tile_index) * 8 + c.wg * 4 + c.t // 32) * 32 * 32 + c.t % 32) * 16
@@ -154,9 +163,7 @@ class Epilogue:
                 ptx.st_global_v4(out_row + (c.wg * 256 + (4 * g + lane) * 8) * 2, x[0], x[1], x[2], x[3])
 
     @cute.jit
-    def store_partial(
-        self, a: DecodeArgs, O: cute.Tensor, lse: cute.Tensor, tile_index: Int32, rows: Int32, c: Place
-    ):
+    def store_partial(self, a: DecodeArgs, O: cute.Tensor, lse: cute.Tensor, tile_index: Int32, rows: Int32, c: Place):
         """A normalized result as it lies in the registers: each store of a warp fills 512 adjacent bytes."""
         if (c.t // 32) * 16 < rows:  # else the whole warp has nothing but padding
             base = a.partial_out.toint() + ((Int64(tile_index) * 8 + c.wg * 4 + c.t // 32) * 32 * 32 + c.t % 32) * 16

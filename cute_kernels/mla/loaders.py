@@ -12,7 +12,11 @@ from .work import DecodeArgs, Piece, get_piece, load_record, next_position, not_
 
 
 class Loaders:
-    """Part of decode.MlaDecode, which sets page, box_rows and boxes."""
+    """Part of decode.MlaDecode."""
+
+    page: int  # tokens
+    box_rows: int  # rows of one TMA box
+    boxes: int  # boxes of a block, one page each
 
     @cute.jit
     def load_k(self, desc, a: DecodeArgs, s: Shared, c: Place, lane: Int32):
@@ -41,7 +45,7 @@ class Loaders:
 
     @cute.jit
     def page_ids(self, a: DecodeArgs, piece: Piece, req: Int32, pair: Int32, lane: Int32):
-        """Lane l holds the page of box l % boxes of the pair's newer (l < boxes) or older block; 0 where there is none."""
+        """Lane l holds the page of box l % boxes of the pair's newer (l < boxes) or older block; 0 for none."""
         block = piece.end - 1 - 2 * pair - lane // self.boxes
         index = block * self.boxes + lane % self.boxes
         if const_expr(self.page > BLOCK):

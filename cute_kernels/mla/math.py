@@ -10,6 +10,7 @@ from cutlass.cute.nvgpu import warp, warpgroup
 from ..sm90 import ptx
 from .config import BLOCK, HEAD_DIM_V, NUM_SLABS, RESCALE_LOG2, SLAB_BYTES, TILE_M
 from .cta import BAR_MAX0, BAR_MAX1, BAR_P0, BAR_P1, K0L, K0R, K1L, K1R, NEG_BIG, WG, Place, Shared, sync_math
+from .epilogue import Epilogue
 from .work import DecodeArgs, Piece, get_piece, load_record, next_position, not_done, visible_keys
 
 
@@ -57,8 +58,8 @@ class Step:
     next_phase: Int32  # parity of that block's barriers
 
 
-class Math:
-    """Part of decode.MlaDecode, which sets dtype."""
+class Math(Epilogue):
+    """Part of decode.MlaDecode."""
 
     @cute.jit
     def math(self, a: DecodeArgs, mma: Mmas, s: Shared, v_half: cute.ComposedLayout, c: Place):
@@ -77,8 +78,8 @@ class Math:
         q_phase, phase0, phase1 = Int32(0), Int32(0), Int32(0)
         while not_done(req, block, record):
             piece = get_piece(a, record, c.tile, req, block, seqlen)
-            # Also what the loops below overwrite is cleared, or the compiler keeps the last piece's values alive through
-            # the epilogue: it cannot know that what a short piece leaves unwritten is not read either.
+            # Also what the loops below overwrite is cleared, or the compiler keeps the last piece's values alive
+            # through the epilogue: it cannot know that what a short piece leaves unwritten is not read either.
             for registers in (r.O, r.S, r.P, r.Q8, r.L):
                 registers.fill(0.0)
             if (c.wg == 0) & (c.t % 4 == 0):
@@ -154,7 +155,7 @@ class Math:
 
     @cute.jit
     def zero_unused_rows(self, s: Shared, piece: Piece, phase: Int32, c: Place):
-        """Rows past the sequence's end may hold NaN, and 0 * NaN would reach O: clear them in V before the first block."""
+        """Rows past the sequence's end may hold NaN, and 0 * NaN would reach O: clear them before the first block."""
         first_unused = piece.seqlen - (piece.end - 1) * BLOCK
         if first_unused < BLOCK:
             for slab in cutlass.range_constexpr(HEAD_DIM_V // 64):
@@ -219,7 +220,7 @@ class Math:
 
     @cute.jit
     def update_max(self, s: Shared, scale_out: cute.Tensor, mx: cute.Tensor, scale_log2: Float32, c: Place):
-        """Raise the shared running maximum if it grew by more than 2**8; publish it and the factor for what came before."""
+        """Raise the shared running maximum if it grew by more than 2**8; publish it and the factor for older sums."""
         new_max = cute.make_rmem_tensor(2, Float32)
         factor = cute.make_rmem_tensor(2, Float32)
         for h in cutlass.range_constexpr(2):

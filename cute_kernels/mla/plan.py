@@ -1,9 +1,11 @@
 """Split-KV planner on the device: which blocks of which sequences each partition works on.
 
 The cost of a piece is its blocks plus VISIT_COST. A partition is filled in request order up to W; the planner takes the
-smallest W with which the partitions suffice. ref/mla_plan.py is the same in plain Python, bit for bit.
+smallest W with which the partitions suffice, unless halves of the longest sequence save the combine kernel at little
+cost. ref/mla_plan.py is the same in plain Python, bit for bit.
 
-One warp: every lane tries one W, lane 0 then writes the plan. Serial over sequences and partitions, once per decode step.
+One warp: every lane tries one W, lane 0 then writes the plan. Serial over sequences and partitions, once per decode
+step: the plan serves all layers.
 """
 
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from cutlass import Int32, const_expr
 from ..jit import Program
 from ..sm90.args import fake_args, param_kinds
 from ..sm90.gmem import load_i32, store_i32
-from .config import COMBINE_COST, COMBINE_REQ, MERGE_MAX, PLAN_THREADS, SEQLEN, VISIT_COST, PlanConfig
+from .config import COMBINE_REQ, MERGE_MAX, PLAN_THREADS, SEQLEN, VISIT_COST, PlanConfig
 from .work import num_blocks
 
 
@@ -31,6 +33,7 @@ class PlanArgs:
     partitions: Int32
     min_piece: Int32  # blocks
     row_tiles: Int32
+    combine_cost: Int32  # blocks
     split_blocks: Int32
 
 
@@ -40,7 +43,9 @@ class MlaPlan:
 
     @cute.jit
     def __call__(self, args: PlanArgs, stream: cuda.CUstream):
-        self.kernel(args).launch(grid=(1, 1, 1), block=(PLAN_THREADS, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True)
+        self.kernel(args).launch(
+            grid=(1, 1, 1), block=(PLAN_THREADS, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True
+        )
 
     @cute.kernel
     def kernel(self, a: PlanArgs):
@@ -70,26 +75,24 @@ class MlaPlan:
             half = (longest + 1) // 2
             half = half if half > shortest else shortest
             lowest = half + VISIT_COST if half + VISIT_COST > share else share
-            highest = (width if width > floor else floor) + COMBINE_COST
+            highest = (width if width > floor else floor) + a.combine_cost
             coarse, _ = self.search(a, half, lowest, highest, lane)
             if coarse > 0:
                 width = coarse
                 shortest = half
-        if lane == 0:
-            used, _ = self.fill(True, a, width, shortest)
-            for part in cutlass.range(used, a.partitions, unroll=1):
-                for i in cutlass.range_constexpr(8):
-                    if const_expr(i != COMBINE_REQ):
-                        store_i32(a.plan, part * 8 + i, a.batch if const_expr(i in (0, 2)) else Int32(0))
+        used, _ = self.fill(True, a, width, shortest, lane)
+        for part in cutlass.range(used + lane, a.partitions, 32, unroll=1):
+            for i in cutlass.range_constexpr(8):
+                if const_expr(i != COMBINE_REQ):
+                    store_i32(a.plan, part * 8 + i, a.batch if const_expr(i in (0, 2)) else Int32(0))
 
     @cute.jit
     def search(self, a: PlanArgs, shortest: Int32, lowest: Int32, highest: Int32, lane: Int32):
-        """The first width in [lowest, highest] with which the partitions suffice, and the most pieces of a sequence then;
-        -1 if there is none."""
+        """The first width in [lowest, highest] with which the partitions suffice, or -1; the most pieces it makes."""
         width, pieces = Int32(-1), Int32(0)
         start = lowest
         while (width < 0) & (start <= highest):
-            used, most = self.fill(False, a, start + lane, shortest)
+            used, most = self.fill(False, a, start + lane, shortest, lane)
             ballot = cute.arch.vote_ballot_sync((used <= a.partitions) & (start + lane <= highest))
             if ballot != 0:
                 first = Int32(cute.arch.clz(cute.arch.brev(ballot)))
@@ -99,69 +102,87 @@ class MlaPlan:
         return width, pieces
 
     @cute.jit
-    def fill(self, write: cutlass.Constexpr[bool], a: PlanArgs, width: Int32, shortest: Int32):
+    def fill(self, write: cutlass.Constexpr[bool], a: PlanArgs, width: Int32, shortest: Int32, lane: Int32):
         """Partitions needed when each may cost `width`, and the most pieces of a sequence; writes the plan if asked to.
 
-        A piece is cut off only if it has at least `shortest` blocks.
+        A piece is cut off only if it has at least `shortest` blocks. All lanes walk the sequences together and keep 32
+        lengths at a time in their registers; to write, all walk with the same width and lane 0 stores.
         """
-        part, credit, slots, most = Int32(0), width, Int32(0), Int32(0)
+        part, credit, slots, most, combines = Int32(0), width, Int32(0), Int32(0), Int32(0)
+        stores = lane == 0
+        lengths = self.length(a, lane)
         if const_expr(write):
-            self.begin(a, part, Int32(0), Int32(0), Int32(0))
-            store_i32(a.num_splits, 0, slots)
-        combines = Int32(0)
-        for req in cutlass.range(a.batch, unroll=1):
-            blocks = num_blocks(load_i32(a.cache_seqlens, req))
-            done, pieces = Int32(0), Int32(0)
-            while done < blocks:
-                rest = blocks - done
-                if a.split_blocks == 0:
-                    if rest + VISIT_COST <= credit:
-                        credit -= rest + VISIT_COST
-                        done += rest
-                        pieces += 1
-                    else:
-                        if credit - VISIT_COST >= shortest:
-                            done += credit - VISIT_COST
-                            pieces += 1
-                        credit = Int32(0)
-                else:
-                    unit = a.split_blocks + VISIT_COST
-                    full = (rest - 1) // a.split_blocks  # whole units before the last one
-                    take = credit // unit
-                    take = take if take < full else full
-                    done += take * a.split_blocks
-                    pieces += take
-                    credit -= take * unit
-                    if take < full:
-                        credit = Int32(0)
-                    else:
-                        if blocks - done + VISIT_COST <= credit:
-                            credit -= blocks - done + VISIT_COST
-                            done = blocks
-                            pieces += 1
-                        else:
-                            credit = Int32(0)
-                if done < blocks:  # the partition is full
-                    if const_expr(write):
-                        self.end(a, part, req, done)
-                        self.begin(a, part + 1, req, done, pieces)
-                    part += 1
-                    credit = width
-            most = pieces if pieces > most else most
-            if const_expr(write):
-                slots += pieces if pieces > 1 else Int32(0)
-                if (pieces > MERGE_MAX) & (combines < a.partitions):
-                    store_i32(a.plan, combines * 8 + COMBINE_REQ, req)
-                    combines += 1
-                store_i32(a.num_splits, req + 1, slots)
+            if stores:
+                self.begin(a, part, Int32(0), Int32(0), Int32(0), lengths)
+                store_i32(a.num_splits, 0, slots)
+        for first in cutlass.range(0, a.batch, 32, unroll=1):
+            these = lengths
+            lengths = self.length(a, first + 32 + lane)
+            last = first + 32 if first + 32 < a.batch else a.batch
+            for req in cutlass.range(first, last, unroll=1):
+                seqlen = cute.arch.shuffle_sync(these, req - first)
+                blocks = num_blocks(seqlen)
+                done, pieces = Int32(0), Int32(0)
+                while done < blocks:
+                    done, pieces, credit = self.take(a, blocks, done, pieces, credit, shortest)
+                    if done < blocks:  # the partition is full
+                        if const_expr(write):
+                            if stores:
+                                self.end(a, part, req, done)
+                                self.begin(a, part + 1, req, done, pieces, seqlen)
+                        part += 1
+                        credit = width
+                most = pieces if pieces > most else most
+                if const_expr(write):
+                    slots += pieces if pieces > 1 else Int32(0)
+                    if stores:
+                        store_i32(a.num_splits, req + 1, slots)
+                    if (pieces > MERGE_MAX) & (combines < a.partitions):
+                        if stores:
+                            store_i32(a.plan, combines * 8 + COMBINE_REQ, req)
+                        combines += 1
         if const_expr(write):
-            self.end(a, part, a.batch, Int32(0))
-            for i in cutlass.range(combines, a.partitions, unroll=1):
+            if stores:
+                self.end(a, part, a.batch, Int32(0))
+            for i in cutlass.range(combines + lane, a.partitions, 32, unroll=1):
                 store_i32(a.plan, i * 8 + COMBINE_REQ, a.batch)
         return part + 1, most
 
-    def begin(self, a, part, req, block, split):
-        seqlen = load_i32(a.cache_seqlens, req)
+    @cute.jit
+    def take(self, a: PlanArgs, blocks: Int32, done: Int32, pieces: Int32, credit: Int32, shortest: Int32):
+        """What a partition with so much credit takes of a sequence of which `done` blocks are taken already."""
+        rest = blocks - done
+        if a.split_blocks == 0:
+            if rest + VISIT_COST <= credit:
+                credit -= rest + VISIT_COST
+                done = blocks
+                pieces += 1
+            else:
+                if credit - VISIT_COST >= shortest:
+                    done += credit - VISIT_COST
+                    pieces += 1
+        else:
+            unit = a.split_blocks + VISIT_COST
+            full = (rest - 1) // a.split_blocks  # whole units before the last one
+            units = credit // unit
+            units = units if units < full else full
+            done += units * a.split_blocks
+            pieces += units
+            credit -= units * unit
+            if (units == full) & (blocks - done + VISIT_COST <= credit):
+                credit -= blocks - done + VISIT_COST
+                done = blocks
+                pieces += 1
+        return done, pieces, credit
+
+    @cute.jit
+    def length(self, a: PlanArgs, req: Int32):
+        seqlen = Int32(0)
+        if req < a.batch:
+            seqlen = load_i32(a.cache_seqlens, req)
+        return seqlen
+
+    def begin(self, a, part, req, block, split, seqlen):
         for field, value in ((0, req), (1, block), (4, split), (SEQLEN, seqlen), (7, Int32(0))):
             store_i32(a.plan, part * 8 + field, value)
 

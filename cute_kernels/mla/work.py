@@ -22,7 +22,9 @@ class DecodeArgs:
     attn_sink: cute.Pointer  # float32 (h_q,), read only if has_sink != 0
     out: cute.Pointer  # (b, s_q, h_q, 512) or (total_q, h_q, 512)
     lse: cute.Pointer  # float32 (b, h_q, s_q) or (h_q, total_q)
-    partial_out: cute.Pointer  # float32 (slots, tiles, 8 warps, 32, 32 lanes, 4): accumulators, divided by the piece's sum
+    partial_out: (
+        cute.Pointer
+    )  # float32 (slots, tiles, 8 warps, 32, 32 lanes, 4): accumulators, divided by the piece's sum
     partial_lse: cute.Pointer  # float32 (slots, tiles, 64 rows), base 2; -inf for a piece without visible keys
     tickets: cute.Pointer  # int32 (slots, tiles): 0 between launches, see decode.MlaDecode.merge
     q_group: Int32  # packed rows of a tile per token coordinate of the Q map; 1 << 30 if packed rows are one dimension

@@ -5,7 +5,9 @@ from cutlass import Float32, Int32
 
 
 def st_shared_zero16(smem_addr):
-    cute.arch.inline_ptx("st.shared.v4.b32 [{$r0}], {{$r1}, {$r1}, {$r1}, {$r1}};", read_only_args=[smem_addr, Int32(0)])
+    cute.arch.inline_ptx(
+        "st.shared.v4.b32 [{$r0}], {{$r1}, {$r1}, {$r1}, {$r1}};", read_only_args=[smem_addr, Int32(0)]
+    )
 
 
 def st_global_v4(gmem_addr, a, b, c, d):
@@ -39,8 +41,8 @@ def ld_global_v4_f32(gmem_addr):
 def pin_registers(frag32):
     """Route 32-bit registers through a volatile mov.
 
-    LLVM sinks the conversions that produce a wgmma A operand past the fence; ptxas then splits the group and serialises it
-    (note C7519). A volatile mov right before the fence keeps the producers above it.
+    LLVM sinks the conversions that produce a wgmma A operand past the fence; ptxas then splits the group and
+    serialises it (note C7519). A volatile mov right before the fence keeps the producers above it.
     """
     for j in range(cute.size(frag32)):
         frag32[j] = cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[frag32[j]])

@@ -20,7 +20,7 @@ from cutehop.ops._mla_checks import check_address, check_decode, check_outputs
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _LOG2E = math.log2(math.e)
-_COMBINE_CTAS = 528  # more would only take turns: a CTA goes on to the next sequence
+_COMBINE_CTAS = 1056  # more would only take turns: a CTA goes on to the next sequence
 _CAPTURE_TICKETS = 4 << 20  # int32 per device, for captured calls
 _MAX_CALLS = 4096  # remembered at a time
 
@@ -81,6 +81,7 @@ def plan(
         tile_scheduler_metadata.shape[0],
         cfg.min_piece(s_q * heads_per_kv),
         cfg.row_tiles(s_q, heads_per_kv),
+        cfg.combine_cost(s_q * heads_per_kv),
         split_tokens // cfg.BLOCK,
     )
 
@@ -106,7 +107,7 @@ def decode(
     """Body of cutehop::mla_decode: fills out and lse. A q that no tensor map describes is copied first, see _q_map."""
     device = q.get_device()
     tensors = (q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
-    options = {
+    options: dict[str, Any] = {
         "softmax_scale": softmax_scale, "causal": causal, "attn_sink": attn_sink, "cu_seqlens_q": cu_seqlens_q,
         "max_seqlen_q": max_seqlen_q, "split_tokens": split_tokens, "empty_lse_neg_inf": empty_lse_neg_inf,
     }  # fmt: skip

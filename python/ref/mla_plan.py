@@ -22,7 +22,6 @@ VISIT_COST = 4  # blocks; mirrored in cute_kernels/mla/config.py, which imports 
 ROW_TILE = 64  # rows (query token, query head) of one CTA
 METADATA_COLUMNS = 8  # a Record, then the two columns below and 0
 COMBINE_REQ = 5  # row i: the i-th request in more than MERGE_MAX pieces (as many as there are rows), b behind the last
-COMBINE_COST = 3  # blocks; what a call pays if any request is in more pieces than that
 MERGE_MAX = 2  # pieces that the decode kernel merges itself
 SEQLEN = 6  # length of the record's first request
 
@@ -38,6 +37,11 @@ def num_partitions(s_q: int, h_q: int, h_kv: int, num_sms: int) -> int:
 def min_piece(rows: int) -> int:
     """Fewest blocks worth cutting off at the end of a partition. rows: query rows of one sequence and kv head."""
     return 1 if rows <= ROW_TILE else 2
+
+
+def combine_cost(rows: int) -> int:
+    """Blocks that a call pays if any request is in more than MERGE_MAX pieces: little where there are few rows."""
+    return 0 if rows <= 32 else 3
 
 
 def _fill(blocks: list[int], credit_per_partition: int, shortest: int, longest: int) -> tuple[list[Record], list[int]]:
@@ -92,7 +96,7 @@ def schedule(
     floor = VISIT_COST + sum(blocks) * 9 // (5 * partitions * -(-rows // ROW_TILE))
     half = max(shortest, -(-max(blocks) // 2))
     lowest = max(-(-cost // partitions), VISIT_COST + half)
-    for coarse in range(lowest, max(credit, floor) + COMBINE_COST + 1):
+    for coarse in range(lowest, max(credit, floor) + combine_cost(rows) + 1):
         if len((halves := _fill(blocks, coarse, half, longest))[0]) <= partitions:
             return coarse, *halves
     return credit, *plan

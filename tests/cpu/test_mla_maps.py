@@ -115,7 +115,9 @@ def test_tiles_of_q(layout, s_q, heads):
 def test_tiles_of_ragged_q(layout, heads):
     h_q, h_kv = heads
     tokens = (2, 0, 3, 2 + 2 * cfg.TILE_M * h_kv // h_q, 1)  # the longest has more than two tiles
-    check_tiles(LAYOUTS[layout](sum(tokens), h_q), h_kv, list(accumulate(tokens, initial=0)), True, max(tokens))
+    for lengths in (tokens, (1, 0, 1, 1)):
+        starts = list(accumulate(lengths, initial=0))
+        check_tiles(LAYOUTS[layout](starts[-1], h_q), h_kv, starts, True, max(lengths))
 
 
 @pytest.mark.parametrize(
@@ -154,6 +156,12 @@ def test_strides_of_a_dimension_of_one_do_not_matter(shape):
     q = LAYOUTS["contiguous"](*shape)
     odd = q.as_strided(q.shape, [7 if extent == 1 else stride for extent, stride in zip(q.shape, q.stride())])
     check_tiles(odd, 1, [0, shape[1]], False, shape[1])
+
+
+def test_stride_of_one_kv_head_does_not_matter():
+    k_cache = bits(3, 64, 1, cfg.HEAD_DIM)
+    k_map = _mla_cuda._k_map(k_cache.as_strided(k_cache.shape, (64 * cfg.HEAD_DIM, cfg.HEAD_DIM, 0, 1)))
+    assert same_bits(k_map.load(k_cache, 64, 0, 0, 2)[0, 0], k_cache[2, :, 0, 64:128])
 
 
 @pytest.mark.parametrize("h_kv", [1, 3])

@@ -14,14 +14,16 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
 def test_the_blocks_run(monkeypatch):
-    # The default backend gives the same and takes long to compile on a CPU.
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the blocks use the GPU that is there, and the kernels need SM90")
+    # What inductor adds is compile time: the step holds nothing but ops of ours.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     namespace: dict[str, object] = {}
     for block in BLOCKS:
         if "CUDAGraph" in block and not torch.cuda.is_available():
             continue
         exec(compile(block, "README.md", "exec"), namespace)
-    assert {"graph_step", "layer", "decode_step", "sched_meta"} - {"graph_step"} <= namespace.keys()
+    assert {"sched_meta", "layer", "decode_step", "split"} <= namespace.keys()
 
 
 def test_the_markers_of_the_generated_table_are_there():
