@@ -200,6 +200,8 @@ class MlaCombine:
 def program(config: CombineConfig) -> Program:
     """The host function and the fake arguments that compile one variant."""
     kernel = MlaCombine(config)
+    name = f"cutehop_mla_combine_{config.dtype}_chunk{config.chunk}"
+    kernel.kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
     return Program(
         host=kernel,
         args=(fake_args(CombineArgs), cuda.CUstream(0)),

@@ -57,8 +57,8 @@ def combine_cost(rows: int) -> int:
 
 
 def max_combines(batch: int, partitions: int) -> int:
-    """Most sequences a plan can leave to the combine kernel: P - 1 cuts make at most 2 (P - 1) pieces."""
-    return min(batch, 2 * (partitions - 1) // (MERGE_MAX + 1))
+    """Most sequences a plan can leave to the combine kernel: each takes at least MERGE_MAX of the P - 1 cuts."""
+    return min(batch, (partitions - 1) // MERGE_MAX)
 
 
 def combine_chunk(batch: int, partitions: int, split_blocks: int) -> int:

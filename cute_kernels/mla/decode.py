@@ -170,7 +170,8 @@ class MlaDecode(Loaders, Math):
 def program(config: DecodeConfig) -> Program:
     """The host function and the fake arguments that compile one variant."""
     kernel = MlaDecode(config)
-
+    name = f"cutehop_mla_decode_{config.dtype}_page{config.page_size}"
+    kernel.kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
     return Program(
         host=kernel,
         args=(fake_args(DecodeArgs), cuda.CUstream(0)),

@@ -193,8 +193,10 @@ class MlaPlan:
 
 def program(config: PlanConfig) -> Program:
     """The host function and the fake arguments that compile the planner."""
+    kernel = MlaPlan(config)
+    kernel.kernel.set_name_prefix("cutehop_mla_plan", remove_cutlass_symbol=True, keep_mangled_name=False)
     return Program(
-        host=MlaPlan(config),
+        host=kernel,
         args=(fake_args(PlanArgs), cuda.CUstream(0)),
         threads=PLAN_THREADS,
         smem_bytes=0,
