@@ -238,6 +238,7 @@ class Math(Epilogue):
 
     @cute.jit
     def exponentials(self, r: Registers, new_max: cute.Tensor, scale_log2: Float32):
+        """P = 2^(S - m), kept in fp32 (S) and rounded (P), and its row sums."""
         for h in cutlass.range_constexpr(2):
             total = Float32(0.0)
             for j in cutlass.range_constexpr(32):
@@ -336,6 +337,7 @@ class Math(Epilogue):
 
     @cute.jit
     def last1(self, mma: Mmas, s: Shared, r: Registers, v: Views, c: Place):
+        """O_R += P0 V0_R for the odd block."""
         cute.arch.barrier(barrier_id=BAR_MAX0, number_of_threads=2 * WG)
         self.rescale(r, s.scale0[c.row], s.scale0[c.row + 8])
         cute.arch.barrier(barrier_id=BAR_P0, number_of_threads=2 * WG)

@@ -22,11 +22,10 @@ class DecodeArgs:
     attn_sink: cute.Pointer  # float32 (h_q,), read only if has_sink != 0
     out: cute.Pointer  # (b, s_q, h_q, 512) or (total_q, h_q, 512)
     lse: cute.Pointer  # float32 (b, h_q, s_q) or (h_q, total_q)
-    partial_out: (
-        cute.Pointer
-    )  # float32 (slots, tiles, 8 warps, 32, 32 lanes, 4): accumulators, divided by the piece's sum
+    # float32 (slots, tiles, 8 warps, 32, 32 lanes, 4): accumulators as they lie in registers, divided by the row sums
+    partial_out: cute.Pointer
     partial_lse: cute.Pointer  # float32 (slots, tiles, 64 rows), base 2; -inf for a piece without visible keys
-    tickets: cute.Pointer  # int32 (slots, tiles): 0 between launches, see decode.MlaDecode.merge
+    tickets: cute.Pointer  # int32 (slots, tiles): 0 between launches, see epilogue.Epilogue.merge
     q_group: Int32  # packed rows of a tile per token coordinate of the Q map; 1 << 30 if packed rows are one dimension
     q_kv_step: Int32  # head coordinates from one kv head to the next
     s_q: Int32  # tokens per sequence; with cu_seqlens_q their upper bound
