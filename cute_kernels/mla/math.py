@@ -258,13 +258,18 @@ class Math(Epilogue):
                 r.O[j] = r.O[j] * (f0 if const_expr(j % 4 < 2) else f1)
 
     @cute.jit
-    def pair0(self, mma: Mmas, s: Shared, r: Registers, v: Views, k: Step, scale_log2: Float32, c: Place):
-        """WG0's share of one pair of blocks; S of the even block is ready on entry and, if there is more, on return."""
+    def even_softmax(self, s: Shared, r: Registers, k: Step, scale_log2: Float32, c: Place):
+        """P0, and O_L scaled to its maximum, which WG1 may have as soon as it is known."""
         mx = self.row_maximum(r.S, k, c.t)
         new_max, factor = self.update_max(s, s.scale0, mx, scale_log2, c)
         cute.arch.barrier_arrive(barrier_id=BAR_MAX0, number_of_threads=2 * WG)
         self.rescale(r, factor[0], factor[1])
         self.exponentials(r, new_max, scale_log2)
+
+    @cute.jit
+    def pair0(self, mma: Mmas, s: Shared, r: Registers, v: Views, k: Step, scale_log2: Float32, c: Place):
+        """WG0's share of one pair of blocks; S of the even block is ready on entry and, if there is more, on return."""
+        self.even_softmax(s, r, k, scale_log2, c)
         ptx.pin_registers(cute.recast_tensor(r.P, Int32))
         self.issue_pv(mma.pv_rs, r.O, r.P, v.rV_own)  # O_L += P0 V0_L
         warpgroup.wait_group(0)
@@ -321,11 +326,7 @@ class Math(Epilogue):
     @cute.jit
     def last0(self, mma: Mmas, s: Shared, r: Registers, v: Views, k: Step, scale_log2: Float32, c: Place):
         """The odd block at the end of a piece: WG0 alone owns its scores, WG1 only multiplies."""
-        mx = self.row_maximum(r.S, k, c.t)
-        new_max, factor = self.update_max(s, s.scale0, mx, scale_log2, c)
-        cute.arch.barrier_arrive(barrier_id=BAR_MAX0, number_of_threads=2 * WG)
-        self.rescale(r, factor[0], factor[1])
-        self.exponentials(r, new_max, scale_log2)
+        self.even_softmax(s, r, k, scale_log2, c)
         cute.copy(v.put, v.tPr, v.tPs)
         cute.arch.fence_view_async_shared()
         cute.arch.barrier_arrive(barrier_id=BAR_P0, number_of_threads=2 * WG)
