@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 
-class UnsupportedConfig(ValueError):
-    """No kernel exists for this configuration; the message names the value, the limit and the cure."""
-
-
 class CompileInCaptureError(RuntimeError):
     """A kernel is first needed while its stream is being captured into a CUDA graph.
 

@@ -194,7 +194,7 @@ class Math(Epilogue):
             warpgroup.commit_group()
 
     def first_scores(self, w, mma, s, r, v, phase):
-        """S of the piece's first block of this warpgroup, each half as soon as it is there."""
+        """S of a block of warpgroup w from its start, in the order in which its halves came free."""
         halves = (range(0, 4), range(4, NUM_SLABS))
         for i, slabs in enumerate(halves if w == 0 else halves[::-1]):
             self.issue_qk(mma, s, r, v, w, slabs, phase, i == 0)

@@ -23,7 +23,8 @@ mla_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_
     cu_seqlens_q             int32 (b + 1,): sequence i owns rows [cu[i], cu[i + 1]) of q, at most max_seqlen_q of them.
                              Results of rows at or past cu[b] are unspecified.
     max_seqlen_q             needed with cu_seqlens_q, 0 otherwise; what mla_plan got as s_q.
-    split_tokens             what mla_plan got. Above 0, a result's bits depend on its own sequence alone.
+    split_tokens             what mla_plan got; not checked, another value can hang the GPU. Above 0, a result's bits
+                             depend on its own sequence alone.
     empty_lse_neg_inf        lse of a token that sees no key is -inf instead of +inf; its out is 0 either way.
     Returns out (b, s_q, h_q, 512) or (total_q, h_q, 512) in q's dtype, lse float32 (b, h_q, s_q) or (h_q, total_q),
     natural logarithm. An empty batch gives empty results.
