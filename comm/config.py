@@ -13,7 +13,6 @@ MAX_RANKS = 8  # GPUs of one NVLink node
 MAX_TOPK = 32  # one lane of a warp per choice
 MAX_LOCAL_EXPERTS = 1024  # DeepEP V1's limit
 MAX_ROWS = 2**31 - 1  # rows and tokens are counted in int32
-SLOTS = (1, 2, 4)  # powers of two: slot = epoch % slots has to survive the wrap of a 32-bit epoch
 ITEMSIZE = {"bf16": 2, "fp8": 1}
 SCALE_GROUP = {"f32": 128, "ue8m0": 512}  # columns under one 4-byte scale word: one f32, or four packed UE8M0 bytes
 
@@ -39,8 +38,6 @@ class EpConfig:
         fp8 rows with scales (those lie densely, hidden bytes apart, since a view of them must be contiguous).
     max_recv_tokens: most rows that a rank may receive in one call; None is the worst case ranks * max_tokens, in which
         every token goes to the same rank. A lower bound saves memory, and a call that exceeds it fails on every rank.
-    slots: 1 | 2 | 4 calls whose inputs may be alive in the buffer at once. With one, a call waits until all peers have
-        read the input of the call before it.
 
     Raises TypeError for a value that is no int, ValueError for one outside its limits.
     """
@@ -53,7 +50,6 @@ class EpConfig:
     dtype: str = "bf16"
     scales: str | None = None
     max_recv_tokens: int | None = None
-    slots: int = 1
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -64,7 +60,7 @@ class EpConfig:
         self._check_capacities()
 
     def _check_types(self) -> None:
-        for name in ("ranks", "hidden", "max_tokens", "num_experts", "max_topk", "slots"):
+        for name in ("ranks", "hidden", "max_tokens", "num_experts", "max_topk"):
             _is_int(name, getattr(self, name))
         if self.max_recv_tokens is not None:
             _is_int("max_recv_tokens", self.max_recv_tokens)
@@ -109,10 +105,6 @@ class EpConfig:
         if self.max_recv_tokens is not None:
             cure = "leave it None for the worst case ranks * max_tokens"
             _in_range("max_recv_tokens", self.max_recv_tokens, self.ranks * self.max_tokens, cure)
-        check(
-            self.slots in SLOTS,
-            f"EpConfig: slots {self.slots}, supported {_names(SLOTS)}; each slot is one more copy of all inputs",
-        )
 
     @property
     def itemsize(self) -> int:

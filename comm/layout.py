@@ -1,56 +1,59 @@
 """EpLayout: where everything lies in the memory of one rank. One object owns every byte, for the host and for kernels.
 
-Offsets are Python ints: constants of a compiled kernel, which adds them to the base address of a rank. They are equal
-on all ranks because the config is. README.md tells the protocol in which the regions are used.
+Offsets are Python ints, relative to the base address of a rank's memory, and equal on all ranks because the config is.
+README.md tells the protocol in which the regions are used.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .config import LINE, EpConfig, round_up
+from .config import LINE, MAX_RANKS, EpConfig, round_up
 
 ROW_ALIGN = 1024  # bytes: start of a region of rows, and what the base address of the memory must be a multiple of
-OPERATIONS = ("dispatch", "combine", "barrier")  # item of `epochs`
+OPERATIONS = ("dispatch", "combine")  # item of `epochs`
+KERNELS = ("dispatch_send", "dispatch_receive", "combine_send", "combine_receive")  # item of `arrivals`
 ERROR_WORDS = ("raised", "peer", "phase", "expected", "got", "waited_ns")  # 64-bit each; `raised` is written last
+PHASES = (
+    "none",
+    "dispatch_ack",  # peer has not read my rows of the call before
+    "counts",  # peer has not said how many tokens it sends
+    "dispatch_ready",  # peer's rows are not there
+    "combine_ack",
+    "combine_ready",
+    "rows",  # no wait: I receive `expected` rows, the output or the memory holds `got`
+)  # what a kernel was waiting for, by the number in the error record
 
 
 @dataclass(frozen=True)
 class Region:
-    """`slots` times `items` pieces of `item_bytes` bytes; the slot of an epoch is epoch % slots.
+    """`items` pieces of `item_bytes` bytes.
 
     name: also the attribute of EpLayout.
     memory: "heap" (symmetric device memory, mapped by all peers) | "host" (pinned, mapped into this rank's GPU only).
-    offset: bytes from the base of that memory, a multiple of `align`, which every slot is aligned to as well.
+    offset: bytes from the base of that memory, a multiple of `align`.
     users: who writes and who reads it.
     """
 
     name: str
     memory: str
     offset: int
-    slots: int
     items: int
     item_bytes: int
     align: int
     users: str
 
     @property
-    def slot_bytes(self) -> int:
-        """Distance between two slots."""
-        return round_up(self.items * self.item_bytes, self.align)
-
-    @property
     def bytes(self) -> int:
-        return self.slots * self.slot_bytes
+        return round_up(self.items * self.item_bytes, self.align)
 
     @property
     def end(self) -> int:
         return self.offset + self.bytes
 
-    def at(self, item: int, slot: int = 0) -> int:
-        """Byte offset of an item. Plain arithmetic without checks, so that it takes a kernel's integers too; these must
-        be 64 bits wide, since a region may exceed 4 GiB."""
-        return self.offset + slot * self.slot_bytes + item * self.item_bytes
+    def at(self, item: int) -> int:
+        """Byte offset of an item."""
+        return self.offset + item * self.item_bytes
 
 
 class _Memory:
@@ -64,17 +67,17 @@ class _Memory:
     def end(self) -> int:
         return self.regions[-1].end if self.regions else 0
 
-    def place(self, name: str, items: int, item_bytes: int, users: str, slots: int = 1, align: int = LINE) -> Region:
+    def place(self, name: str, items: int, item_bytes: int, users: str, align: int = LINE) -> Region:
         offset = round_up(self.end, align)
-        self.regions.append(Region(name, self.name, offset, slots, items, item_bytes, align, users))
+        self.regions.append(Region(name, self.name, offset, items, item_bytes, align, users))
         return self.regions[-1]
 
-    def lines(self, name: str, items: int, users: str, slots: int = 1) -> Region:
+    def lines(self, name: str, items: int, users: str) -> Region:
         """Words that are polled or added to, each on a line of its own."""
-        return self.place(name, items, LINE, users, slots)
+        return self.place(name, items, LINE, users)
 
-    def rows(self, name: str, items: int, item_bytes: int, users: str, slots: int) -> Region:
-        return self.place(name, items, item_bytes, users, slots, ROW_ALIGN)
+    def rows(self, name: str, items: int, item_bytes: int, users: str) -> Region:
+        return self.place(name, items, item_bytes, users, ROW_ALIGN)
 
 
 class EpLayout:
@@ -102,40 +105,37 @@ class EpLayout:
         self.host_bytes = host.end
 
     def _place_control(self, heap: _Memory) -> None:
-        c, lines = self.config, heap.lines
-        self.dispatch_ready = lines("dispatch_ready", c.ranks, "peer s stores epoch: its input stands; I poll item s")
-        self.dispatch_ack = lines("dispatch_ack", c.ranks, "peer r stores epoch: it has my rows; I poll item r")
-        self.combine_ready = lines("combine_ready", c.ranks, "peer r stores epoch: its y stands; I poll item r")
-        self.combine_ack = lines("combine_ack", c.ranks, "peer s stores epoch: it has its rows of my y; I poll item s")
-        self.barrier = lines("barrier", c.ranks, "peer s stores epoch: it is at the barrier; I poll item s")
+        """Offsets are the same for every config, so that kernels know them when they are compiled."""
+        ranks, lines = MAX_RANKS, heap.lines
+        self.dispatch_ready = lines("dispatch_ready", ranks, "peer s stores epoch: its input stands; I poll item s")
+        self.dispatch_ack = lines("dispatch_ack", ranks, "peer r stores epoch: it has my rows; I poll item r")
+        self.combine_ready = lines("combine_ready", ranks, "peer r stores epoch: its y stands; I poll item r")
+        self.combine_ack = lines("combine_ack", ranks, "peer s stores epoch: it has its rows of my y; I poll item s")
+        self.counts = lines("counts", ranks, "peer s writes {epoch, tokens s -> r} of all r, I read the whole matrix")
         self.epochs = lines("epochs", len(OPERATIONS), "mine alone: last kernel of a call adds one, all kernels read")
-        self.arrivals = lines("arrivals", 2 * c.ranks, "mine alone: CTAs done with peer p; combine at R + p")
+        self.arrivals = lines("arrivals", len(KERNELS), "mine alone: CTAs that are done; the last one sends the flags")
         self.abort = lines("abort", 1, "mine alone: set where a deadline expired; every kernel reads it and returns")
-        self.counts = lines(
-            "counts", c.ranks, "peer s writes {epoch, tokens s -> r} of all r, I read the whole matrix", c.slots
-        )
         self.expert_counts = heap.place(
             "expert_counts",
-            c.ranks,
-            c.expert_count_bytes,
+            self.config.ranks,
+            self.config.expert_count_bytes,
             "peer s writes {epoch, choices} of each of my experts; I read",
-            c.slots,
         )
 
     def _place_dispatch(self, heap: _Memory) -> None:
         c, rows = self.config, heap.rows
         self.send_lists = heap.place(
-            "send_lists", c.ranks, c.send_list_bytes, "I write my tokens for peer r, ascending; r reads item r", c.slots
+            "send_lists", c.ranks, c.send_list_bytes, "I write my tokens for peer r, ascending; r reads item r"
         )
-        self.topk = rows("topk", c.max_tokens, c.topk_row_bytes, "I write ids and weights; peers pull", c.slots)
-        self.x_scales = rows("x_scales", c.max_tokens, c.scale_row_bytes, "I write fp8 scales; peers pull", c.slots)
-        self.x = rows("x", c.max_tokens, c.x_row_bytes, "I write my tokens; peers pull those on their list", c.slots)
+        self.topk = rows("topk", c.max_tokens, c.topk_row_bytes, "I write ids and weights; peers pull")
+        self.x_scales = rows("x_scales", c.max_tokens, c.scale_row_bytes, "I write fp8 scales; peers pull")
+        self.x = rows("x", c.max_tokens, c.x_row_bytes, "I write my tokens; peers pull those on their list")
 
     def _place_combine(self, heap: _Memory) -> None:
         c, rows = self.config, heap.rows
         users = "I write weights of received rows; the home rank pulls"
-        self.y_weights = rows("y_weights", c.recv_rows, c.y_weight_row_bytes, users, c.slots)
-        self.y = rows("y", c.recv_rows, c.y_row_bytes, "I write expert outputs; the home rank pulls and adds", c.slots)
+        self.y_weights = rows("y_weights", c.recv_rows, c.y_weight_row_bytes, users)
+        self.y = rows("y", c.recv_rows, c.y_row_bytes, "I write expert outputs; the home rank pulls and adds")
 
     def _place_host(self, host: _Memory) -> None:
         c = self.config
@@ -148,10 +148,10 @@ class EpLayout:
         )
 
     def __str__(self) -> str:
-        head = ("region", "memory", "offset", "bytes", "slots x items x item bytes", "users")
+        head = ("region", "memory", "offset", "bytes", "items x item bytes", "users")
         table = [head]
         for r in self.regions:
-            shape = f"{r.slots} x {r.items} x {r.item_bytes}"
+            shape = f"{r.items} x {r.item_bytes}"
             table.append((r.name, r.memory, f"{r.offset:,}", f"{r.bytes:,}", shape, r.users))
         widths = [max(len(row[i]) for row in table) for i in range(len(head) - 1)]
         lines = [

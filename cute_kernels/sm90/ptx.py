@@ -38,6 +38,17 @@ def ld_global_v4_f32(gmem_addr):
     )
 
 
+def ld_global_v4_f32_if(gmem_addr, wanted):
+    """The same where `wanted` (Int32) is not 0, else zeros and no access."""
+    return cute.arch.inline_ptx(
+        "{ .reg .pred p; setp.ne.s32 p, {$r1}, 0; mov.f32 {$w0}, 0f00000000; mov.f32 {$w1}, 0f00000000; "
+        "mov.f32 {$w2}, 0f00000000; mov.f32 {$w3}, 0f00000000; "
+        "@p ld.global.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}]; }",
+        write_only_types=[Float32, Float32, Float32, Float32],
+        read_only_args=[gmem_addr, wanted],
+    )
+
+
 def pin_registers(frag32):
     """Route 32-bit registers through a volatile mov.
 
@@ -54,4 +65,22 @@ def weighted_sum(a, wa, b, wb):
         "{ .reg .f32 x, y; mul.rn.f32 x, {$r0}, {$r1}; mul.rn.f32 y, {$r2}, {$r3}; add.rn.f32 {$w0}, x, y; }",
         write_only_types=[Float32],
         read_only_args=[a, wa, b, wb],
+    )
+
+
+def ld_shared_v4(pointer):
+    """16 bytes of shared memory as four Int32."""
+    return cute.arch.inline_ptx(
+        "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Int32, Int32, Int32, Int32],
+        read_only_args=[pointer],
+    )
+
+
+def ld_shared_cluster(pointer, rank):
+    """One Int32 at the place of `pointer`, but in the shared memory of CTA `rank` of the cluster."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b32 a; mapa.shared::cluster.u32 a, {$r0}, {$r1}; ld.shared::cluster.b32 {$w0}, [a]; }",
+        write_only_types=[Int32],
+        read_only_args=[pointer, rank],
     )

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cutehop.comm.config import LINE, EpConfig, round_up
+from cutehop.comm.config import LINE, MAX_RANKS, EpConfig, round_up
 from cutehop.comm.layout import ERROR_WORDS, ROW_ALIGN, EpLayout
 
 KiB, MiB = 2**10, 2**20
 V3 = EpConfig(ranks=8, hidden=7168, max_tokens=4096, num_experts=256, max_topk=8)
 DTYPES = [("bf16", None), ("bf16", "f32"), ("bf16", "ue8m0"), ("fp8", "f32"), ("fp8", "ue8m0")]
-FLAGS = ["dispatch_ready", "dispatch_ack", "combine_ready", "combine_ack", "barrier"]
-CONTROL = [*FLAGS, "epochs", "arrivals", "abort", "counts", "expert_counts"]
+FLAGS = ["dispatch_ready", "dispatch_ack", "combine_ready", "combine_ack", "counts"]
+CONTROL = [*FLAGS, "epochs", "arrivals", "abort", "expert_counts"]
 ROWS = ["topk", "x_scales", "x", "y_weights", "y"]
 
 
@@ -38,14 +38,13 @@ def configs(draw) -> EpConfig:
         dtype=dtype,
         scales=scales,
         max_recv_tokens=bound,
-        slots=draw(st.sampled_from((1, 2, 4))),
     )
 
 
 def pieces(region) -> list[tuple[int, int]]:
-    """(begin, end) of every item that a kernel can address; of many, the first and last two of each slot."""
+    """(begin, end) of every item that a kernel can address; of many, the first and last two."""
     items = sorted({i for i in (0, 1, region.items - 2, region.items - 1) if 0 <= i < region.items})
-    begins = [region.at(item, slot) for slot in range(region.slots) for item in items]
+    begins = [region.at(item) for item in items]
     return [(begin, begin + region.item_bytes) for begin in begins]
 
 
@@ -60,7 +59,7 @@ def test_regions_are_disjoint_aligned_and_inside_the_memory(config):
     for region in layout.regions:
         assert getattr(layout, region.name) is region
         assert region.align == (ROW_ALIGN if region.name in ROWS else LINE)
-        assert all(region.at(0, slot) % region.align == 0 for slot in range(region.slots))
+        assert region.at(0) % region.align == 0
     assert layout.heap_bytes % ROW_ALIGN == 0
 
 
@@ -98,17 +97,16 @@ def test_every_item_holds_what_is_written_there(config):
     assert layout.y.items == layout.y_weights.items == rows
     assert layout.x.items == layout.x_scales.items == layout.topk.items == config.max_tokens
     assert layout.recv_counts.items == 1 + config.num_experts // config.ranks
-    assert {r.name for r in layout.regions if r.slots == config.slots} >= {"counts", "expert_counts", "send_lists"}
-    assert all(getattr(layout, name).slots == config.slots for name in ROWS)
 
 
 @given(configs())
 def test_no_two_flags_share_a_line_and_control_comes_first(config):
     layout = EpLayout(config)
-    polled = [getattr(layout, name) for name in (*FLAGS, "epochs", "arrivals", "abort", "counts")]
-    words = [r.at(item, slot) for r in polled for slot in range(r.slots) for item in range(r.items)]
+    polled = [getattr(layout, name) for name in (*FLAGS, "epochs", "arrivals", "abort")]
+    words = [r.at(item) for r in polled for item in range(r.items)]
     assert len({word // LINE for word in words}) == len(words)
-    assert all(getattr(layout, name).items == config.ranks for name in (*FLAGS, "counts", "expert_counts"))
+    assert all(getattr(layout, name).items == MAX_RANKS for name in FLAGS)
+    assert layout.expert_counts.items == config.ranks
     for region in layout.regions:
         if region.memory == "heap":
             assert (region.end <= layout.control_bytes) == (region.name in CONTROL)
@@ -121,12 +119,11 @@ def enlarged(config: EpConfig, field: str, factor: int) -> EpConfig:
         return dataclasses.replace(config, **{field: widest[field]})
     assume(field != "num_experts" or config.experts_per_rank * factor <= 1024)
     assume(field != "max_topk" or config.max_topk * factor <= 32)
-    assume(field != "slots" or config.slots * factor in (2, 4))
     return dataclasses.replace(config, **{field: getattr(config, field) * factor})
 
 
 @pytest.mark.parametrize(
-    "field", ["hidden", "max_tokens", "num_experts", "max_topk", "slots", "max_recv_tokens", "dtype", "scales"]
+    "field", ["hidden", "max_tokens", "num_experts", "max_topk", "max_recv_tokens", "dtype", "scales"]
 )
 @given(config=configs(), factor=st.integers(2, 5))
 def test_a_larger_capacity_shrinks_no_region(field, config, factor):
@@ -150,10 +147,10 @@ def test_memory_of_the_issues_setting_bf16():
     """4096 tokens of 7168 columns, top-8 of 256, 8 ranks: 32768 rows in the worst case."""
     layout = EpLayout(V3)
     line = 128
-    control = 5 * 8 * line  # five kinds of flags from eight peers
-    control += 3 * line + 2 * 8 * line + line  # epochs, arrivals, abort
-    control += 8 * line + 8 * (32 * 8)  # counts, and 32 experts' counts from eight peers
-    assert layout.control_bytes == control == 10_752
+    control = 4 * 8 * line + 8 * line  # four kinds of flags and the counts, from eight peers
+    control += 2 * line + 4 * line + line  # epochs, arrivals, abort
+    control += 8 * (32 * 8)  # 32 experts' counts from eight peers
+    assert layout.control_bytes == control == 8_064
     lists = 8 * 4096 * 4
     topk = 4096 * 8 * (4 + 4)
     x = 4096 * 7168 * 2
@@ -168,7 +165,7 @@ def test_memory_of_the_issues_setting_bf16():
         y,
     ]
     gap = -(control + lists) % 1024  # rows start at a multiple of 1024 bytes; all their sizes are multiples of it
-    assert layout.heap_bytes == control + lists + gap + topk + x + y_weights + y == 529_935_360
+    assert layout.heap_bytes == control + lists + gap + topk + x + y_weights + y == 529_932_288
     assert layout.host_bytes == 128 + round_up((1 + 32) * 8, 128) == 512
 
 
@@ -186,10 +183,18 @@ def test_memory_of_the_issues_setting_fp8_and_bounded():
 
 
 def test_offsets_beyond_4_gib_are_exact():
-    layout = EpLayout(dataclasses.replace(V3, max_tokens=65536, slots=2))
-    last = layout.y.at(8 * 65536 - 1, slot=1)
+    layout = EpLayout(dataclasses.replace(V3, max_tokens=65536))
+    last = layout.y.at(8 * 65536 - 1)
     assert last == layout.y.end - 14336
-    assert last > 2 * 8 * 65536 * 14336 > 2**32
+    assert last > 8 * 65536 * 14336 - 14336 > 2**32
+
+
+def test_control_offsets_do_not_depend_on_the_config():
+    """Kernels have them as constants; only expert_counts, the last of them, has a size that varies."""
+    small = EpLayout(EpConfig(ranks=1, hidden=8, max_tokens=1, num_experts=1, max_topk=1))
+    large = EpLayout(V3)
+    for name in CONTROL:
+        assert getattr(small, name).offset == getattr(large, name).offset
 
 
 def test_the_table_names_every_region_and_the_totals():
@@ -201,14 +206,12 @@ def test_the_table_names_every_region_and_the_totals():
         (r.name, r.memory, f"{r.offset:,}", f"{r.bytes:,}") for r in layout.regions
     ]
     assert all(line.endswith(r.users) for line, r in zip(lines[2:-1], layout.regions))
-    assert lines[-1] == "heap 529,935,360 bytes (505.4 MiB), of which control 10,752; host 512 bytes"
+    assert lines[-1] == "heap 529,932,288 bytes (505.4 MiB), of which control 8,064; host 512 bytes"
 
 
 def test_the_readme_tells_every_region_and_the_right_size():
     text = (Path(__file__).resolve().parents[2] / "comm" / "README.md").read_text(encoding="utf-8")
-    told = {
-        name for row in re.findall(r"^\| (`.*?`) ?S? \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
-    }
+    told = {name for row in re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
     assert {r.name for r in EpLayout(V3).regions if r.memory == "heap"} <= told
     (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     namespace: dict[str, EpLayout] = {}
@@ -238,7 +241,6 @@ def test_the_readme_tells_every_region_and_the_right_size():
         ({"dtype": "fp8"}, "scales None with dtype 'fp8', supported f32|ue8m0; name the scales of the fp8 rows"),
         ({"max_recv_tokens": 0}, "max_recv_tokens 0, supported 1..32768; leave it None for the worst case"),
         ({"max_recv_tokens": 32769}, "max_recv_tokens 32769, supported 1..32768; leave it None for the worst case"),
-        ({"slots": 3}, "slots 3, supported 1|2|4; each slot is one more copy of all inputs"),
     ],
 )
 def test_a_value_outside_its_limits_is_refused(change, message):
@@ -247,7 +249,7 @@ def test_a_value_outside_its_limits_is_refused(change, message):
     assert str(error.value).startswith(f"EpConfig: {message}")
 
 
-@pytest.mark.parametrize("field", ["ranks", "hidden", "max_tokens", "num_experts", "max_topk", "slots"])
+@pytest.mark.parametrize("field", ["ranks", "hidden", "max_tokens", "num_experts", "max_topk"])
 @pytest.mark.parametrize("value", [1.0, True, "8", None])
 def test_a_value_that_is_no_int_is_refused(field, value):
     with pytest.raises(TypeError, match=f"EpConfig: {field} {value!r} is {type(value).__name__}, must be an int"):

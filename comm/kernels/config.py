@@ -1,0 +1,63 @@
+"""Sizes fixed when the EP kernels are compiled, and the choices that the host makes. Plain Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import VECTOR, round_up
+
+LAYOUT_CLUSTER = 8  # CTAs; each counts its share of the tokens, then adds up its share of the experts
+LAYOUT_THREADS = 512
+MAX_EXPERTS = 8192  # 8 ranks of 1024; int32 counters in shared memory
+
+SEND_THREADS = 1024
+
+MOVERS = 4  # warps of a receive CTA that copy rows through shared memory
+SIDE_WARPS = 4  # warps that copy scales, expert ids and weights
+CHUNK = 8  # rows a mover takes at a time
+SIDE_CHUNK = 32  # rows a side warp takes at a time, one per lane
+RING_BYTES = 49152  # shared memory of one mover's ring
+MAX_STAGES = 32  # of a ring
+PIECE_BYTES = 8192  # a row is cut in equal pieces of at most this
+
+TEAMS = 2  # of a combine CTA; each adds up tokens of its own
+TEAM_WARPS = 4  # warps of a team, and one more that loads for it
+TEAM_RING_BYTES = 98304  # shared memory of one team's ring
+WEIGHT_WARPS = 4  # warps that add top-k weights
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    pass
+
+
+@dataclass(frozen=True)
+class SendConfig:
+    pass
+
+
+@dataclass(frozen=True)
+class ReceiveConfig:
+    pass
+
+
+@dataclass(frozen=True)
+class CombineSendConfig:
+    pass
+
+
+@dataclass(frozen=True)
+class CombineReceiveConfig:
+    pass
+
+
+@dataclass(frozen=True)
+class WaitConfig:
+    pass
+
+
+def ring(row_bytes: int, ring_bytes: int) -> tuple[int, int]:
+    """(bytes of a piece, stages) of a ring of `ring_bytes` for rows of `row_bytes`, a positive multiple of 16."""
+    pieces = -(-row_bytes // PIECE_BYTES)
+    piece = round_up(-(-row_bytes // pieces), VECTOR)
+    return piece, min(ring_bytes // piece, MAX_STAGES)

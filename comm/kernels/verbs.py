@@ -1,0 +1,223 @@
+"""What all EP kernels do with addresses, flags and deadlines.
+
+Addresses are 64-bit integers: offsets of the layout are added to the base of a rank. Everything that crosses GPUs is
+`.sys` on both sides. No wait is endless: the first one whose deadline passes writes the error record, sets the abort
+word, and every later wait and kernel of the buffer ends at once.
+"""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64
+
+from ...cute_kernels.sm90 import ptx
+from ..config import LINE, EpConfig
+from ..layout import KERNELS, OPERATIONS, PHASES, EpLayout
+
+GMEM = cute.AddressSpace.gmem
+
+# Offsets of the control regions do not depend on the config.
+_ANY = EpLayout(EpConfig(ranks=1, hidden=8, max_tokens=1, num_experts=1, max_topk=1))
+DISPATCH_READY = _ANY.dispatch_ready.offset
+DISPATCH_ACK = _ANY.dispatch_ack.offset
+COMBINE_READY = _ANY.combine_ready.offset
+COMBINE_ACK = _ANY.combine_ack.offset
+COUNTS = _ANY.counts.offset
+ABORT = _ANY.abort.offset
+EPOCH = {name: _ANY.epochs.at(i) for i, name in enumerate(OPERATIONS)}
+ARRIVALS = {name: _ANY.arrivals.at(i) for i, name in enumerate(KERNELS)}
+PHASE = {name: i for i, name in enumerate(PHASES)}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The group as a kernel sees it."""
+
+    bases: Int64  # address of int64 (ranks,): base of every rank's memory
+    own: Int64  # base of my memory
+    error: Int64  # address of the error record, host memory
+    timeout_ns: Int64
+    rank: Int32
+    ranks: Int32
+
+
+def ld_i32(address):
+    return cute.arch.load(cute.make_ptr(Int32, address, GMEM, assumed_align=4), Int32)
+
+
+def ld_i64(address):
+    return cute.arch.load(cute.make_ptr(Int64, address, GMEM, assumed_align=8), Int64)
+
+
+def ld_u8(address):
+    """One byte, as an Int32."""
+    return cute.arch.inline_ptx("ld.global.u8 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
+
+
+def ld_f32(address):
+    return ld_i32(address).bitcast(Float32)
+
+
+def st_u8(address, value):
+    """The low byte of an Int32."""
+    cute.arch.inline_ptx("st.global.u8 [{$r0}], {$r1};", read_only_args=[address, value])
+
+
+def st_i32(address, value):
+    cute.arch.store(cute.make_ptr(Int32, address, GMEM, assumed_align=4), value)
+
+
+def st_i64(address, value):
+    cute.arch.store(cute.make_ptr(Int64, address, GMEM, assumed_align=8), value)
+
+
+def ld_vector(address):
+    """16 bytes as four Int32."""
+    return cute.arch.inline_ptx(
+        "ld.global.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Int32, Int32, Int32, Int32],
+        read_only_args=[address],
+    )
+
+
+def peer_base(g: Group, r):
+    return ld_i64(g.bases + Int64(r) * 8)
+
+
+def read_epoch(g: Group, operation: str):
+    """The epoch of the call that is running: one more than that of the last whole call."""
+    return ld_i32(g.own + EPOCH[operation]) + 1
+
+
+def aborted(g: Group):
+    address = cute.make_ptr(Int32, g.own + ABORT, GMEM, assumed_align=4)
+    return cute.arch.load(address, Int32, sem="relaxed", scope="sys") != 0
+
+
+@cute.jit
+def report(g: Group, peer, phase: int, expected, got, waited_ns):
+    """Fill the error record, unless a thread of this rank has done so before."""
+    abort = cute.make_ptr(Int32, g.own + ABORT, GMEM, assumed_align=4)
+    if cute.arch.atomic_cas(abort, cmp=Int32(0), val=Int32(1), sem="acq_rel", scope="sys") == 0:
+        st_i64(g.error + 8, Int64(peer))
+        st_i64(g.error + 16, Int64(phase))
+        st_i64(g.error + 24, Int64(expected))
+        st_i64(g.error + 32, Int64(got))
+        st_i64(g.error + 40, waited_ns)
+        raised = cute.make_ptr(Int64, g.error, GMEM, assumed_align=8)
+        cute.arch.store(raised, Int64(1), sem="release", scope="sys")
+
+
+@cute.jit
+def wait_flag(g: Group, address, epoch, peer, phase: int):
+    """Wait until the flag in my memory has reached `epoch`; orders what the peer wrote before it set the flag."""
+    flag = cute.make_ptr(Int32, address, GMEM, assumed_align=4)
+    seen = cute.arch.load(flag, Int32, sem="relaxed", scope="sys")
+    start, waited = cute.arch.globaltimer(), Int64(0)
+    stop = aborted(g)
+    while (seen - epoch < 0) & (not stop):
+        seen = cute.arch.load(flag, Int32, sem="relaxed", scope="sys")
+        waited = cute.arch.globaltimer() - start
+        if waited > g.timeout_ns:
+            stop = Boolean(True)
+            report(g, peer, phase, epoch, seen, waited)
+    cute.arch.fence_acq_rel_sys()
+
+
+@cute.jit
+def wait_count(g: Group, address, epoch, peer):
+    """Wait for a count word of `epoch` in my memory and return the count; 0 if it does not come."""
+    pointer = cute.make_ptr(Int64, address, GMEM, assumed_align=8)
+    word = cute.arch.load(pointer, Int64, sem="relaxed", scope="sys")
+    start, waited = cute.arch.globaltimer(), Int64(0)
+    stop = aborted(g)
+    while (Int32(word >> 32) != epoch) & (not stop):
+        word = cute.arch.load(pointer, Int64, sem="relaxed", scope="sys")
+        waited = cute.arch.globaltimer() - start
+        if waited > g.timeout_ns:
+            stop = Boolean(True)
+            report(g, peer, PHASE["counts"], epoch, Int32(word >> 32), waited)
+    count = Int32(0)
+    if Int32(word >> 32) == epoch:
+        count = Int32(word & 0x7FFFFFFF)
+    return count
+
+
+def send_count(address, epoch, count):
+    """Write a count word to any rank's memory: valid by itself, no order needed."""
+    word = (Int64(epoch) << 32) | Int64(count)
+    cute.arch.store(cute.make_ptr(Int64, address, GMEM, assumed_align=8), word, sem="relaxed", scope="sys")
+
+
+@cute.jit
+def last_to_arrive(g: Group, kernel: str, shared: cute.Pointer):
+    """True in all threads of the last CTA of a grid to come here; all threads of every CTA call it once, at its end.
+
+    What any thread of the grid did before is then visible to whoever acquires a flag that this CTA releases. The
+    counter is zero again afterwards. shared: one Int32 of shared memory.
+    """
+    tid, _, _ = cute.arch.thread_idx()
+    ctas, _, _ = cute.arch.grid_dim()
+    cute.arch.fence_acq_rel_sys()
+    cute.arch.sync_threads()
+    if tid == 0:
+        counter = cute.make_ptr(Int32, g.own + ARRIVALS[kernel], GMEM, assumed_align=4)
+        before = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
+        last = Int32(0)
+        if before == ctas - 1:
+            last = Int32(1)
+            cute.arch.store(counter, Int32(0), sem="relaxed", scope="gpu")
+        cute.arch.store(shared, last)
+    cute.arch.sync_threads()
+    return cute.arch.load(shared, Int32) != 0
+
+
+@cute.jit
+def signal_peers(g: Group, offset, epoch):
+    """Set my flag at every peer; called by all threads of one CTA after `last_to_arrive`."""
+    tid, _, _ = cute.arch.thread_idx()
+    if tid < g.ranks:
+        flag = cute.make_ptr(Int32, peer_base(g, tid) + offset + g.rank * LINE, GMEM, assumed_align=4)
+        cute.arch.fence_acq_rel_sys()
+        cute.arch.store(flag, epoch, sem="release", scope="sys")
+
+
+@cute.jit
+def may_proceed(g: Group, shared: cute.Pointer):
+    """After the waits of a CTA, by all its threads: False if any wait of this rank has expired."""
+    tid, _, _ = cute.arch.thread_idx()
+    cute.arch.sync_threads()
+    if tid == 0:
+        cute.arch.store(shared, Int32(aborted(g)))
+    cute.arch.sync_threads()
+    return cute.arch.load(shared, Int32) == 0
+
+
+@cute.jit
+def in_batches(first, total, step, load: cutlass.Constexpr, store: cutlass.Constexpr):
+    """store(i, load(i)) for i = first, first + step, ... below total, with four loads in flight before the first store.
+
+    Past the end of the last batch its first element is copied again, which changes nothing.
+    """
+    i = first
+    while i < total:
+        places = [i]
+        for u in cutlass.range_constexpr(1, 4):
+            place = i + step * u
+            places.append(place if place < total else i)
+        loaded = [load(place) for place in places]
+        for u in cutlass.range_constexpr(4):
+            store(places[u], loaded[u])
+        i += step * 4
+
+
+def copy_vectors(target, source, vectors, thread, threads):
+    """Copy contiguous 16-byte vectors, the work of `thread` of `threads`."""
+    in_batches(
+        Int64(thread),
+        vectors,
+        Int64(threads),
+        lambda i: ld_vector(source + i * 16),
+        lambda i, words: ptx.st_global_v4(target + i * 16, *words),
+    )

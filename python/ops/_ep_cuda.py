@@ -1,0 +1,38 @@
+"""CUDA body of ep_layout. The ops that move rows call the methods of the buffer that they name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cutehop.comm.kernels import layout_kernel
+from cutehop.comm.kernels.config import LAYOUT_CLUSTER, LayoutConfig
+
+_CONFIG = LayoutConfig()
+
+
+def layout(
+    topk_idx: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    *,
+    num_tokens_per_rank: Tensor,
+    num_tokens_per_expert: Tensor,
+    is_token_in_rank: Tensor,
+) -> None:
+    """Fill the outputs. topk_idx was checked."""
+    topk_idx = topk_idx.contiguous()
+    with torch.cuda.device(topk_idx.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        layout_kernel(_CONFIG, stream).launch(
+            (LAYOUT_CLUSTER, 1, 1),
+            stream,
+            topk_idx.data_ptr(),
+            topk_idx.itemsize,
+            *topk_idx.shape,
+            num_experts,
+            num_experts // num_ranks,
+            num_tokens_per_rank.data_ptr(),
+            num_tokens_per_expert.data_ptr(),
+            is_token_in_rank.data_ptr(),
+        )

@@ -1,0 +1,93 @@
+"""EP kernels, compiled for sm_90a without a GPU: what the machine code must contain, and the host's choices."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl")
+
+from cutehop.comm import kernels
+from cutehop.comm.kernels import config as sizes
+from cutehop.cute_kernels.jit.bundle import MAX_SMEM_BYTES
+
+VARIANTS = list(kernels.variants())
+REGISTERS_PER_SM = 65536
+PULLING = ("receive_kernel", "combine_receive_kernel")
+WAITING = ("send_kernel", "combine_send_kernel", "wait_kernel", *PULLING)
+
+
+def name_of(variant) -> str:
+    return variant[0].name.rpartition(".")[2]
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=name_of)
+def kernel(request):
+    """(name, bundle) of every kernel."""
+    function, config = request.param
+    return name_of(request.param), function.bundle(config)
+
+
+def test_nothing_spills_or_lives_in_local_memory(kernel):
+    _, bundle = kernel
+    assert bundle.spill_bytes == 0
+    assert not re.findall(r".*\.local\b.*", bundle.ptx)
+
+
+def test_fits_an_sm(kernel):
+    _, bundle = kernel
+    assert bundle.registers * bundle.threads <= REGISTERS_PER_SM
+    assert bundle.smem_bytes <= MAX_SMEM_BYTES
+
+
+def test_rows_move_by_bulk_copies(kernel):
+    name, bundle = kernel
+    loads = len(re.findall(r"cp\.async\.bulk\.shared::\w+\.global\.mbarrier", bundle.ptx))
+    stores = len(re.findall(r"cp\.async\.bulk\.global\.shared::cta", bundle.ptx))
+    assert (loads > 0) == (name in PULLING)
+    assert (stores > 0) == (name == "receive_kernel")
+    if loads:
+        assert "fence.proxy.async.global" in bundle.ptx, "peers write in the generic proxy"
+    if stores:
+        assert re.search(r"cp\.async\.bulk\.wait_group\.read\s+1;", bundle.ptx), "before a stage is filled again"
+        assert re.search(r"cp\.async\.bulk\.wait_group\s+0;", bundle.ptx), "before the CTA says it is done"
+
+
+def test_what_crosses_gpus_is_of_system_scope(kernel):
+    """Flags and counts; arrivals of this GPU's CTAs alone are of gpu scope."""
+    name, bundle = kernel
+    if name not in WAITING:
+        return
+    assert "ld.relaxed.sys" in bundle.ptx
+    assert "fence.acq_rel.sys" in bundle.ptx
+    released = re.findall(r"st\.release\.(\w+)", bundle.ptx)
+    assert set(released) == {"sys"}
+    assert set(re.findall(r"atom\.global\.(?:sys\.)?acq_rel\.(\w+)", bundle.ptx)) <= {"add", "cas"}
+
+
+def test_every_wait_has_a_deadline(kernel):
+    """A poll of a flag is a loop that reads the clock. mbarriers wait for copies, which end by themselves."""
+    name, bundle = kernel
+    assert ("%globaltimer" in bundle.ptx) == (name in WAITING)
+
+
+@given(
+    st.integers(1, 4096).map(lambda vectors: 16 * vectors), st.sampled_from([sizes.RING_BYTES, sizes.TEAM_RING_BYTES])
+)
+def test_a_ring_holds_its_stages_and_a_row_is_cut_evenly(row_bytes, ring_bytes):
+    piece, stages = sizes.ring(row_bytes, ring_bytes)
+    assert 0 < piece <= min(row_bytes, sizes.PIECE_BYTES)
+    assert piece % 16 == 0
+    assert stages * piece <= ring_bytes
+    assert 3 <= stages <= sizes.MAX_STAGES  # a load, a store and one being read
+    pieces = -(-row_bytes // piece)
+    assert pieces == -(-row_bytes // sizes.PIECE_BYTES)
+
+
+def test_rows_of_deepseek_are_cut_without_rest():
+    assert sizes.ring(14336, sizes.RING_BYTES) == (7168, 6)
+    assert sizes.ring(7168, sizes.RING_BYTES) == (7168, 6)
+    assert sizes.ring(14336, sizes.TEAM_RING_BYTES) == (7168, 13)
