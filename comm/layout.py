@@ -21,6 +21,9 @@ PHASES = (
     "dispatch_ready",  # peer's rows are not there
     "combine_ack",
     "combine_ready",
+    "ll_ack",  # low latency: peer has not read what I sent it four operations ago
+    "ll_counts",  # peer has not said how much it sends
+    "ll_ready",  # peer's data is not there
     "rows",  # no wait: I receive `expected` rows, the output or the memory holds `got`
 )  # what a kernel was waiting for, by the number in the error record
 
@@ -56,7 +59,7 @@ class Region:
         return self.offset + item * self.item_bytes
 
 
-class _Memory:
+class Memory:
     """Places regions one behind the other."""
 
     def __init__(self, name: str) -> None:
@@ -94,7 +97,7 @@ class EpLayout:
 
     def __init__(self, config: EpConfig) -> None:
         self.config = config
-        heap, host = _Memory("heap"), _Memory("host")
+        heap, host = Memory("heap"), Memory("host")
         self._place_control(heap)
         self.control_bytes = heap.end
         self._place_dispatch(heap)
@@ -104,9 +107,10 @@ class EpLayout:
         self.heap_bytes = round_up(heap.end, ROW_ALIGN)
         self.host_bytes = host.end
 
-    def _place_control(self, heap: _Memory) -> None:
+    def _place_control(self, heap: Memory) -> None:
         """Offsets are the same for every config, so that kernels know them when they are compiled."""
         ranks, lines = MAX_RANKS, heap.lines
+        self.abort = lines("abort", 1, "mine alone: set where a deadline expired; every kernel reads it and returns")
         self.dispatch_ready = lines("dispatch_ready", ranks, "peer s stores epoch: its input stands; I poll item s")
         self.dispatch_ack = lines("dispatch_ack", ranks, "peer r stores epoch: it has my rows; I poll item r")
         self.combine_ready = lines("combine_ready", ranks, "peer r stores epoch: its y stands; I poll item r")
@@ -114,7 +118,6 @@ class EpLayout:
         self.counts = lines("counts", ranks, "peer s writes {epoch, tokens s -> r} of all r, I read the whole matrix")
         self.epochs = lines("epochs", len(OPERATIONS), "mine alone: last kernel of a call adds one, all kernels read")
         self.arrivals = lines("arrivals", len(KERNELS), "mine alone: CTAs that are done; the last one sends the flags")
-        self.abort = lines("abort", 1, "mine alone: set where a deadline expired; every kernel reads it and returns")
         self.expert_counts = heap.place(
             "expert_counts",
             self.config.ranks,
@@ -122,7 +125,7 @@ class EpLayout:
             "peer s writes {epoch, choices} of each of my experts; I read",
         )
 
-    def _place_dispatch(self, heap: _Memory) -> None:
+    def _place_dispatch(self, heap: Memory) -> None:
         c, rows = self.config, heap.rows
         self.send_lists = heap.place(
             "send_lists", c.ranks, c.send_list_bytes, "I write my tokens for peer r, ascending; r reads item r"
@@ -131,13 +134,13 @@ class EpLayout:
         self.x_scales = rows("x_scales", c.max_tokens, c.scale_row_bytes, "I write fp8 scales; peers pull")
         self.x = rows("x", c.max_tokens, c.x_row_bytes, "I write my tokens; peers pull those on their list")
 
-    def _place_combine(self, heap: _Memory) -> None:
+    def _place_combine(self, heap: Memory) -> None:
         c, rows = self.config, heap.rows
         users = "I write weights of received rows; the home rank pulls"
         self.y_weights = rows("y_weights", c.recv_rows, c.y_weight_row_bytes, users)
         self.y = rows("y", c.recv_rows, c.y_row_bytes, "I write expert outputs; the home rank pulls and adds")
 
-    def _place_host(self, host: _Memory) -> None:
+    def _place_host(self, host: Memory) -> None:
         c = self.config
         self.error = host.lines("error", 1, "the kernel that set abort writes ERROR_WORDS; Python reads and raises")
         self.recv_counts = host.place(

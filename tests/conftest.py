@@ -1,9 +1,15 @@
-"""Tests marked `gpu` or `dist` are skipped, with the reason, where the machine cannot run them."""
+"""Tests marked `gpu` are skipped, with the reason, where the machine cannot run them; fixtures with several ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.ranks import Pools
 
 
 def why_no_gpu() -> str | None:
@@ -20,5 +26,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     skip = pytest.mark.skip(reason=reason)
     for item in items:
-        if item.get_closest_marker("gpu") or item.get_closest_marker("dist"):
+        if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def _session_pools(gpu: bool) -> Iterator[Pools]:
+    from tests.ranks import Pools
+
+    pools = Pools(gpu)
+    yield pools
+    pools.close()
+
+
+@pytest.fixture(scope="session")
+def _cpu_pools() -> Iterator[Pools]:
+    yield from _session_pools(gpu=False)
+
+
+@pytest.fixture(scope="session")
+def _gpu_pools() -> Iterator[Pools]:
+    yield from _session_pools(gpu=True)
+
+
+@pytest.fixture
+def cpu_ranks(_cpu_pools: Pools) -> Iterator[Pools]:
+    """cpu_ranks(n, fresh=False) -> RankPool of n processes with a gloo group; kept for the session unless fresh."""
+    yield _cpu_pools
+    _cpu_pools.end_test()
+
+
+@pytest.fixture
+def gpu_ranks(_gpu_pools: Pools) -> Iterator[Pools]:
+    """As cpu_ranks, rank i on GPU i % count; ranks that share a GPU run under an MPS daemon of the pool."""
+    yield _gpu_pools
+    _gpu_pools.end_test()

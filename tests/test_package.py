@@ -90,7 +90,8 @@ def test_import_loads_no_kernels_and_creates_no_context(tmp_path):
     code = """
 import sys, cutehop, torch
 print(sorted(m for m in sys.modules if m.split(".")[0] in ("cutlass", "nvshmem", "transformers")
-             or m.startswith(("cutehop.cute_kernels.mla", "cutehop.comm"))))
+             or m.startswith(("cutehop.cute_kernels.mla",
+                 *("cutehop.comm." + n for n in ("buffer", "gloo", "heap", "kernels", "nvshmem"))))))
 print(torch.cuda.is_initialized())
 print(callable(cutehop.get_mla_metadata), callable(cutehop.flash_mla_with_kvcache), cutehop.__version__)
 print(torch.ops.cutehop.mla_decode.default._schema.name)

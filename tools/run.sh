@@ -126,7 +126,7 @@ step() {
 }
 
 run_tests() {
-    local selection=(-m "not gpu and not dist") failed=() skipped=()
+    local selection=(-m "not gpu") failed=() skipped=()
     if "$venv/bin/python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
         selection=()
     fi

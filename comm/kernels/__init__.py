@@ -4,7 +4,18 @@ Every size is a run-time parameter, so one build of each kernel serves every sha
 """
 
 from ...cute_kernels.jit import Program, compiled
-from .config import CombineReceiveConfig, CombineSendConfig, LayoutConfig, ReceiveConfig, SendConfig, WaitConfig
+from .config import (
+    CombineReceiveConfig,
+    CombineSendConfig,
+    LayoutConfig,
+    LlCombineReceiveConfig,
+    LlCombineSendConfig,
+    LlDispatchReceiveConfig,
+    LlDispatchSendConfig,
+    ReceiveConfig,
+    SendConfig,
+    WaitConfig,
+)
 
 
 @compiled
@@ -49,6 +60,34 @@ def wait_kernel(config: WaitConfig) -> Program:
     return program(config)
 
 
+@compiled
+def ll_dispatch_send_kernel(config: LlDispatchSendConfig) -> Program:
+    from .ll_dispatch_send import program
+
+    return program(config)
+
+
+@compiled
+def ll_dispatch_receive_kernel(config: LlDispatchReceiveConfig) -> Program:
+    from .ll_dispatch_receive import program
+
+    return program(config)
+
+
+@compiled
+def ll_combine_send_kernel(config: LlCombineSendConfig) -> Program:
+    from .ll_combine_send import program
+
+    return program(config)
+
+
+@compiled
+def ll_combine_receive_kernel(config: LlCombineReceiveConfig) -> Program:
+    from .ll_combine_receive import program
+
+    return program(config)
+
+
 def variants():
     """Every kernel of this family, as (compiled function, config)."""
     yield layout_kernel, LayoutConfig()
@@ -57,3 +96,7 @@ def variants():
     yield combine_send_kernel, CombineSendConfig()
     yield combine_receive_kernel, CombineReceiveConfig()
     yield wait_kernel, WaitConfig()
+    yield ll_dispatch_send_kernel, LlDispatchSendConfig()
+    yield ll_dispatch_receive_kernel, LlDispatchReceiveConfig()
+    yield ll_combine_send_kernel, LlCombineSendConfig()
+    yield ll_combine_receive_kernel, LlCombineReceiveConfig()

@@ -3,15 +3,15 @@
     out[t] = (((bias_0 + bias_1) + y_a[row_a]) + y_b[row_b]) + ...      in f32, ranks ascending, rounded once to bf16
     row_r = rows that ranks before me send to r + send_row[t, r]
 
-Grid (SMs, 1, 1), 448 threads. Once all peers' outputs stand:
+Grid (SMs, 1, 1), 608 threads. Once all peers' outputs stand:
 
-    2 teams     4 warps each add up a token, piece by piece (at most 8 KiB of the row), 32 columns a lane
-    2 loaders   one lane each: bulk loads for a team, a token at a time, piece by piece, ranks ascending
+    3 teams     4 warps each add up a token, piece by piece (at most 8 KiB of the row), 32 columns a lane
+    3 loaders   one lane each: bulk loads for a team, a token at a time, piece by piece, ranks ascending
     4 others    add the top-k weights, by ordinary loads
 
 Pipelines, one per team, a stage per piece: `full` (the loader arrives once and expects the bytes), `empty` (each warp
-of the team arrives once its lanes have read). Shared memory: 2 rings of 96 KiB. Bound by memory or the link: each row is
-read once. The last CTA to be done acknowledges to all peers and ends the epoch.
+of the team arrives once its lanes have read). Shared memory: 3 rings of 64 KiB. Bound by memory or the link: each row
+is read once. The last CTA to be done acknowledges to all peers and ends the epoch.
 """
 
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import LINE, MAX_RANKS
 from .config import MAX_STAGES, PIECE_BYTES, TEAM_RING_BYTES, TEAM_WARPS, TEAMS, WEIGHT_WARPS
 from .verbs import (
+    ARRIVALS,
     COMBINE_ACK,
     COMBINE_READY,
     EPOCH,
@@ -126,7 +127,7 @@ class CombineReceive:
             elif a.weights != 0:
                 first = (warp - ADDERS - TEAMS) * ctas + cta
                 self.add_weights(g, a, sm, first * 32 + lane, WEIGHT_WARPS * ctas * 32)
-        if last_to_arrive(g, "combine_receive", flag):
+        if last_to_arrive(g, ARRIVALS["combine_receive"], flag):
             if not aborted(g):
                 signal_peers(g, Int64(COMBINE_ACK), epoch)
                 if tid == 0:

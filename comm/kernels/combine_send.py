@@ -15,6 +15,7 @@ from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import LINE
 from .config import SEND_THREADS
 from .verbs import (
+    ARRIVALS,
     COMBINE_ACK,
     COMBINE_READY,
     PHASE,
@@ -81,7 +82,7 @@ class CombineSend:
                     lambda i: ld_i32(a.weights + Int64(i) * 4),
                     lambda i, word: st_i32(records + Int64(i // a.topk) * a.weight_row_bytes + i % a.topk * 4, word),
                 )
-        if last_to_arrive(g, "combine_send", flag):
+        if last_to_arrive(g, ARRIVALS["combine_send"], flag):
             if not aborted(g):
                 signal_peers(g, Int64(COMBINE_READY), epoch)
 

@@ -20,9 +20,9 @@ RING_BYTES = 49152  # shared memory of one mover's ring
 MAX_STAGES = 32  # of a ring
 PIECE_BYTES = 8192  # a row is cut in equal pieces of at most this
 
-TEAMS = 2  # of a combine CTA; each adds up tokens of its own
+TEAMS = 3  # of a combine CTA; each adds up tokens of its own
 TEAM_WARPS = 4  # warps of a team, and one more that loads for it
-TEAM_RING_BYTES = 98304  # shared memory of one team's ring
+TEAM_RING_BYTES = 65536  # shared memory of one team's ring
 WEIGHT_WARPS = 4  # warps that add top-k weights
 
 
@@ -61,3 +61,51 @@ def ring(row_bytes: int, ring_bytes: int) -> tuple[int, int]:
     pieces = -(-row_bytes // PIECE_BYTES)
     piece = round_up(-(-row_bytes // pieces), VECTOR)
     return piece, min(ring_bytes // piece, MAX_STAGES)
+
+
+# Low latency
+LL_TOKEN_WARPS = 16  # of a dispatch_send CTA: they quantise tokens, in teams
+LL_INDEX_WARPS = 4  # and these find out where each token goes
+LL_STAGE_BYTES = 163840  # shared memory for the records of a round, one per team
+LL_MAX_TEAMS = 8
+LL_IDS = 8192  # choices whose expert ids fit into shared memory; more are read from global memory
+LL_COPY_BYTES = 196608  # shared memory of a dispatch_receive CTA: a record's data per warp
+LL_COPY_WARPS = 16
+LL_REDUCE_WARPS = 16  # of a combine_receive CTA
+
+
+@dataclass(frozen=True)
+class LlDispatchSendConfig:
+    pass
+
+
+@dataclass(frozen=True)
+class LlDispatchReceiveConfig:
+    pass
+
+
+@dataclass(frozen=True)
+class LlCombineSendConfig:
+    pass
+
+
+@dataclass(frozen=True)
+class LlCombineReceiveConfig:
+    pass
+
+
+def ll_teams(tokens: int, num_sms: int, record_bytes: int) -> tuple[int, int]:
+    """(CTAs, teams per CTA) of a dispatch_send: one round if it fits, and as many warps per token as there are then.
+
+    Teams are a power of two, so that LL_TOKEN_WARPS / teams is their size.
+    """
+    ctas = max(1, min(num_sms, tokens))
+    most = min(LL_MAX_TEAMS, LL_STAGE_BYTES // record_bytes)
+    teams = 1
+    while teams < -(-tokens // ctas) and 2 * teams <= most:
+        teams *= 2
+    return ctas, teams
+
+
+LL_RINGS = 8  # warps of a combine_send CTA
+LL_RING_BYTES = 24576

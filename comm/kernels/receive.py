@@ -18,7 +18,6 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint8
-from cutlass.experimental import primitives as prims
 from cutlass.memory import SmemAllocator
 
 from ...cute_kernels.jit import Program
@@ -26,11 +25,12 @@ from ...cute_kernels.sm90 import ptx
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import LINE, MAX_RANKS
 from .config import CHUNK, MAX_STAGES, MOVERS, RING_BYTES, SIDE_CHUNK, SIDE_WARPS
+from .ring import EMPTY, drain, make_ring, move_row
 from .verbs import (
+    ARRIVALS,
     DISPATCH_ACK,
     DISPATCH_READY,
     EPOCH,
-    GMEM,
     PHASE,
     Group,
     aborted,
@@ -85,8 +85,8 @@ class Receive:
         class Smem:
             ring: cute.struct.Align[cute.struct.MemRange[Uint8, MOVERS * RING_BYTES], 128]
             full: cute.struct.MemRange[Int64, MOVERS * MAX_STAGES]
-            target: cute.struct.MemRange[Int64, MOVERS * MAX_STAGES]  # where a stage goes
-            bytes: cute.struct.MemRange[Int32, MOVERS * MAX_STAGES]  # how much of it is used
+            targets: cute.struct.MemRange[Int64, MOVERS * MAX_STAGES]
+            sizes: cute.struct.MemRange[Int32, MOVERS * MAX_STAGES]
             sources: cute.struct.MemRange[Int32, MOVERS * CHUNK + SIDE_WARPS * SIDE_CHUNK]
             peers: cute.struct.MemRange[Int64, MAX_RANKS]  # base of their memory
             begins: cute.struct.MemRange[Int32, MAX_RANKS]  # my first row from each source
@@ -132,7 +132,7 @@ class Receive:
                 self.move_rows(g, a, sm, longest, warp, lane)
             else:
                 self.copy_sides(g, a, sm, longest, total, warp - MOVERS, lane)
-        if last_to_arrive(g, "dispatch_receive", flag):
+        if last_to_arrive(g, ARRIVALS["dispatch_receive"], flag):
             if not aborted(g):
                 signal_peers(g, Int64(DISPATCH_ACK), epoch)
                 if tid == 0:
@@ -166,8 +166,8 @@ class Receive:
         sources = sm.sources.get_tensor(cute.make_layout(MOVERS * CHUNK))
         worker, workers = warp * ctas + cta, MOVERS * ctas
         chunks = (longest + CHUNK - 1) // CHUNK * g.ranks
-        # the ring: pieces issued and stored, and the stage of the next of each
-        issued, stored, stage_in, stage_out, phase = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
+        ring = make_ring(sm, warp, RING_BYTES, a.piece_bytes, a.stages)
+        held, into, oldest, phase = (Int32(i) for i in EMPTY)
         # Source indices are fetched a chunk ahead: from a peer they take longer than the ring is deep.
         ahead = self.fetch(g, a, sm, worker, workers, chunks, lane)
         for index in cutlass.range(worker, chunks, workers, unroll=1):
@@ -181,23 +181,13 @@ class Receive:
                 out = a.x + Int64(begins[source] + first) * a.row_bytes
                 for row in cutlass.range(rows, unroll=1):
                     begin = x + Int64(sources[warp * CHUNK + row]) * a.row_bytes
-                    for at in cutlass.range(0, a.row_bytes, a.piece_bytes, unroll=1):
-                        if issued - stored >= a.stages - 1:
-                            stage_out, phase = self.store_piece(a, sm, warp, stage_out, phase)
-                            stored += 1
-                        cute.arch.cp_async_bulk_wait_group(1, read=True)  # the stage's last store has read it
-                        left = a.row_bytes - at
-                        size = left if left < a.piece_bytes else a.piece_bytes
-                        self.load_piece(a, sm, warp, stage_in, begin + at, out + at, size)
-                        issued += 1
-                        stage_in = stage_in + 1 if stage_in + 1 < a.stages else Int32(0)
+                    held, into, oldest, phase = move_row(
+                        ring, begin, out, a.row_bytes, held, into, oldest, phase
+                    )
                     out += a.row_bytes
             cute.arch.sync_warp()
         if lane == 0:
-            while stored < issued:
-                stage_out, phase = self.store_piece(a, sm, warp, stage_out, phase)
-                stored += 1
-            cute.arch.cp_async_bulk_wait_group(0)
+            drain(ring, held, oldest, phase)
 
     @cute.jit
     def fetch(self, g: Group, a: ReceiveArgs, sm, index: Int32, workers: Int32, chunks: Int32, lane: Int32):
@@ -208,36 +198,6 @@ class Receive:
             if lane < rows:
                 token = self.source_of(g, a, sm, source, first + lane)
         return token
-
-    @cute.jit
-    def load_piece(self, a: ReceiveArgs, sm, warp: Int32, stage: Int32, begin: Int64, target: Int64, size: Int32):
-        slot = warp * MAX_STAGES + stage
-        sm.target.get_tensor(cute.make_layout(MOVERS * MAX_STAGES))[slot] = target
-        sm.bytes.get_tensor(cute.make_layout(MOVERS * MAX_STAGES))[slot] = size
-        full = sm.full.data_ptr() + slot
-        cute.arch.mbarrier_arrive_and_expect_tx(full, size)
-        prims.cp_async_bulk_shared_cluster_global(
-            sm.ring.data_ptr() + warp * RING_BYTES + stage * a.piece_bytes,
-            cute.make_ptr(Uint8, begin, GMEM, assumed_align=16),
-            full,
-            size,
-        )
-
-    @cute.jit
-    def store_piece(self, a: ReceiveArgs, sm, warp: Int32, stage: Int32, phase: Int32):
-        """The oldest piece of the ring into the output; returns the stage and phase of the next."""
-        slot = warp * MAX_STAGES + stage
-        cute.arch.mbarrier_wait(sm.full.data_ptr() + slot, phase)
-        prims.cp_async_bulk_global_shared_cta(
-            cute.make_ptr(
-                Uint8, sm.target.get_tensor(cute.make_layout(MOVERS * MAX_STAGES))[slot], GMEM, assumed_align=16
-            ),
-            sm.ring.data_ptr() + warp * RING_BYTES + stage * a.piece_bytes,
-            sm.bytes.get_tensor(cute.make_layout(MOVERS * MAX_STAGES))[slot],
-        )
-        cute.arch.cp_async_bulk_commit_group()
-        wraps = stage + 1 == a.stages
-        return Int32(0) if wraps else stage + 1, phase ^ 1 if wraps else phase
 
     @cute.jit
     def copy_sides(self, g: Group, a: ReceiveArgs, sm, longest: Int32, total: Int32, warp: Int32, lane: Int32):

@@ -22,6 +22,7 @@ from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import LINE, MAX_RANKS
 from .config import SEND_THREADS
 from .verbs import (
+    ARRIVALS,
     COUNTS,
     DISPATCH_ACK,
     DISPATCH_READY,
@@ -119,7 +120,7 @@ class Send:
                 self.make_lists(g, a, sm, epoch)
             if first >= 0:
                 self.copy_in(g, a, first * SEND_THREADS + tid, helpers * SEND_THREADS)
-        if last_to_arrive(g, "dispatch_send", flag):
+        if last_to_arrive(g, ARRIVALS["dispatch_send"], flag):
             if not aborted(g):
                 signal_peers(g, Int64(DISPATCH_READY), epoch)
         if go & (a.lists != 0) & (cta == 0):
@@ -211,7 +212,7 @@ class Send:
         counts = sm.counts.get_tensor(cute.make_layout(MAX_RANKS * MAX_RANKS))
         if tid < g.ranks * g.ranks:
             source, r = tid // g.ranks, tid % g.ranks
-            counts[tid] = wait_count(g, g.own + COUNTS + source * LINE + r * 8, epoch, source)
+            counts[tid] = wait_count(g, g.own + COUNTS + source * LINE + r * 8, epoch, source, PHASE["counts"])
         cute.arch.sync_threads()
         rows = Int32(0)
         if tid < g.ranks:
@@ -226,7 +227,7 @@ class Send:
             choices = Int32(0)
             for source in cutlass.range(g.ranks, unroll=1):
                 words = g.own + a.expert_counts_offset + Int64(source) * a.expert_counts_bytes
-                choices += wait_count(g, words + expert * 8, epoch, source)
+                choices += wait_count(g, words + expert * 8, epoch, source, PHASE["counts"])
             st_i32(a.recv_per_expert + Int64(expert) * 4, choices)
             if (a.ticket != 0) & (not aborted(g)):
                 st_i64(a.recv_counts + (1 + Int64(expert)) * 8, (Int64(a.ticket) << 32) | Int64(choices))

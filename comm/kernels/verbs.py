@@ -110,34 +110,56 @@ def report(g: Group, peer, phase: int, expected, got, waited_ns):
 
 
 @cute.jit
-def wait_flag(g: Group, address, epoch, peer, phase: int):
-    """Wait until the flag in my memory has reached `epoch`; orders what the peer wrote before it set the flag."""
+def expired(g: Group, peer, phase, expected, got, waited_ns, mask):
+    """A wait is over its deadline: leave the peer out from now on if there is a mask, else give up."""
+    if mask != 0:
+        st_i32(mask + Int64(peer) * 4, Int32(1))
+    else:
+        report(g, peer, phase, expected, got, waited_ns)
+
+
+@cute.jit
+def is_masked(mask, peer):
+    """Whether a peer is left out. mask: address of int32 (ranks,), or 0 if none can be."""
+    masked = Boolean(False)
+    if mask != 0:
+        masked = ld_i32(mask + Int64(peer) * 4) != 0
+    return masked
+
+
+@cute.jit
+def wait_flag(g: Group, address, epoch, peer, phase, mask=Int64(0)):
+    """Wait until the flag in my memory has reached `epoch`; orders what the peer wrote before it set the flag.
+
+    mask: address of int32 (ranks,) if peers may be left out. Returns whether the flag was reached.
+    """
     flag = cute.make_ptr(Int32, address, GMEM, assumed_align=4)
     seen = cute.arch.load(flag, Int32, sem="relaxed", scope="sys")
     start, waited = cute.arch.globaltimer(), Int64(0)
-    stop = aborted(g)
+    stop = aborted(g) | is_masked(mask, peer)
     while (seen - epoch < 0) & (not stop):
         seen = cute.arch.load(flag, Int32, sem="relaxed", scope="sys")
         waited = cute.arch.globaltimer() - start
         if waited > g.timeout_ns:
             stop = Boolean(True)
-            report(g, peer, phase, epoch, seen, waited)
+            expired(g, peer, phase, epoch, seen, waited, mask)
     cute.arch.fence_acq_rel_sys()
+    return seen - epoch >= 0
 
 
 @cute.jit
-def wait_count(g: Group, address, epoch, peer):
+def wait_count(g: Group, address, epoch, peer, phase, mask=Int64(0)):
     """Wait for a count word of `epoch` in my memory and return the count; 0 if it does not come."""
     pointer = cute.make_ptr(Int64, address, GMEM, assumed_align=8)
     word = cute.arch.load(pointer, Int64, sem="relaxed", scope="sys")
     start, waited = cute.arch.globaltimer(), Int64(0)
-    stop = aborted(g)
+    stop = aborted(g) | is_masked(mask, peer)
     while (Int32(word >> 32) != epoch) & (not stop):
         word = cute.arch.load(pointer, Int64, sem="relaxed", scope="sys")
         waited = cute.arch.globaltimer() - start
         if waited > g.timeout_ns:
             stop = Boolean(True)
-            report(g, peer, PHASE["counts"], epoch, Int32(word >> 32), waited)
+            expired(g, peer, phase, epoch, Int32(word >> 32), waited, mask)
     count = Int32(0)
     if Int32(word >> 32) == epoch:
         count = Int32(word & 0x7FFFFFFF)
@@ -151,18 +173,18 @@ def send_count(address, epoch, count):
 
 
 @cute.jit
-def last_to_arrive(g: Group, kernel: str, shared: cute.Pointer):
+def last_to_arrive(g: Group, arrivals: int, shared: cute.Pointer):
     """True in all threads of the last CTA of a grid to come here; all threads of every CTA call it once, at its end.
 
     What any thread of the grid did before is then visible to whoever acquires a flag that this CTA releases. The
-    counter is zero again afterwards. shared: one Int32 of shared memory.
+    counter is zero again afterwards. arrivals: its offset in my memory. shared: one Int32 of shared memory.
     """
     tid, _, _ = cute.arch.thread_idx()
     ctas, _, _ = cute.arch.grid_dim()
     cute.arch.fence_acq_rel_sys()
     cute.arch.sync_threads()
     if tid == 0:
-        counter = cute.make_ptr(Int32, g.own + ARRIVALS[kernel], GMEM, assumed_align=4)
+        counter = cute.make_ptr(Int32, g.own + arrivals, GMEM, assumed_align=4)
         before = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
         last = Int32(0)
         if before == ctas - 1:

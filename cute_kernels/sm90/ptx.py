@@ -49,6 +49,17 @@ def ld_global_v4_f32_if(gmem_addr, wanted):
     )
 
 
+def red_release_gpu_if(gmem_addr, value, wanted):
+    """Add to an Int32 where `wanted` (Int32) is not 0, after what this thread has stored or seen is visible.
+
+    A predicate, not a branch: see cute_kernels/README.md, diverged warps.
+    """
+    cute.arch.inline_ptx(
+        "{ .reg .pred p; setp.ne.s32 p, {$r2}, 0; @p red.release.gpu.global.add.s32 [{$r0}], {$r1}; }",
+        read_only_args=[gmem_addr, value, wanted],
+    )
+
+
 def pin_registers(frag32):
     """Route 32-bit registers through a volatile mov.
 
@@ -83,4 +94,44 @@ def ld_shared_cluster(pointer, rank):
         "{ .reg .b32 a; mapa.shared::cluster.u32 a, {$r0}, {$r1}; ld.shared::cluster.b32 {$w0}, [a]; }",
         write_only_types=[Int32],
         read_only_args=[pointer, rank],
+    )
+
+
+def st_shared_v4(pointer, a, b, c, d):
+    """16-byte store of four 32-bit registers to shared memory."""
+    cute.arch.inline_ptx(
+        "st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[pointer, a, b, c, d]
+    )
+
+
+def st_shared_v2(pointer, a, b):
+    """8-byte store of two 32-bit registers to shared memory."""
+    cute.arch.inline_ptx("st.shared.v2.b32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[pointer, a, b])
+
+
+def abs_f32(x):
+    return cute.arch.inline_ptx("abs.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
+
+
+def div_rn(x, y):
+    """x / y rounded to nearest even, whatever the compiler's options."""
+    return cute.arch.inline_ptx("div.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[x, y])
+
+
+def cvt_e4m3x4(a, b, c, d):
+    """Four floats to e4m3, to nearest even, saturating; a in the lowest byte."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, {$r1}, {$r0}; "
+        "cvt.rn.satfinite.e4m3x2.f32 high, {$r3}, {$r2}; mov.b32 {$w0}, {low, high}; }",
+        write_only_types=[Int32],
+        read_only_args=[a, b, c, d],
+    )
+
+
+def add_product(total, x, y):
+    """total + x * y with product and sum each rounded (no fma)."""
+    return cute.arch.inline_ptx(
+        "{ .reg .f32 p; mul.rn.f32 p, {$r1}, {$r2}; add.rn.f32 {$w0}, {$r0}, p; }",
+        write_only_types=[Float32],
+        read_only_args=[total, x, y],
     )

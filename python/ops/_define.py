@@ -1,8 +1,10 @@
-"""Registers an op of `torch.ops.cutehop`: one schema, one allocator, one reference, one CUDA body.
+"""Registers an op of `torch.ops.cutehop`: `define` for one that computes, `define_ordered` for one that communicates.
+
+`define` takes one schema, one allocator, one reference, one CUDA body.
 
 The allocator decides shape, dtype and strides of every output for the fake (torch.compile), the CPU implementation and
 the CUDA implementation alike, so that they cannot disagree. torch drops trailing arguments that equal the schema's
-defaults before it calls Python, so the functions need the same defaults: `define` refuses a signature that differs.
+defaults before it calls Python, so the functions need the same defaults: a signature that differs is refused.
 
 Library.define/impl is used rather than torch.library.custom_op because it adds less time to a call.
 """
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 Outputs = Tensor | tuple[Tensor, ...]
 
@@ -47,7 +50,7 @@ def define(
     _LIBRARY.define(name + schema, tags=_TAGS)
     parsed = getattr(torch.ops.cutehop, name).default._schema
     returns = tuple(r.name for r in parsed.returns)
-    defaults = {a.name: a.default_value if a.has_default_value() else inspect.Parameter.empty for a in parsed.arguments}
+    defaults = _defaults(parsed)
     _require_signature(f"{name}: allocate", allocate, defaults)
     _require_signature(f"{name}: cpu", cpu, defaults)
 
@@ -67,6 +70,39 @@ def define(
     for key, fill in fills.items():
         _LIBRARY.impl(f"{name}_out", fill, key)
     torch.library.register_fake(f"cutehop::{name}_out", lambda *args, **kwargs: None, lib=_LIBRARY)
+
+
+def define_ordered(
+    name: str,
+    schema: str,
+    *,
+    body: Callable[..., Outputs],
+    fake: Callable[..., Outputs],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> None:
+    """Register `cutehop::<name>`, whose calls torch.compile neither drops nor reorders among those of all such ops.
+
+    schema: as for `define`; no argument is written to.
+    body: called with the op's arguments on every device, returns new tensors.
+    fake: called in its place with fake tensors, returns what body would: same shapes, dtypes and strides.
+    setup_context, backward: as for torch.library.register_autograd.
+    """
+    _LIBRARY.define(name + schema, tags=_TAGS)
+    op = getattr(torch.ops.cutehop, name).default
+    defaults = _defaults(op._schema)
+    _require_signature(f"{name}: body", body, defaults)
+    _require_signature(f"{name}: fake", fake, defaults)
+    _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"cutehop::{name}", fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"cutehop::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    # A call without users counts as dead code, and two equal calls as one: on this rank only, while its peers wait.
+    _register_effectful_op(op, _EffectType.ORDERED)
+
+
+def _defaults(schema: torch.FunctionSchema) -> dict[str, Any]:
+    """Default of every argument."""
+    return {a.name: a.default_value if a.has_default_value() else inspect.Parameter.empty for a in schema.arguments}
 
 
 def _allocating(

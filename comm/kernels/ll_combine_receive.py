@@ -1,0 +1,150 @@
+"""Low-latency combine, home side: weighted sum of the rows that the experts' ranks have pushed into my memory.
+
+    out[t] = sum over choices j ascending of w[t, j] * row {t, j}      f32, product and sum each rounded, then to bf16
+
+Grid (g, 1, 1), 512 threads. A warp takes 256 columns of a token, 8 per lane, four rows in flight: one token keeps many
+warps busy. The last CTA to be done acknowledges to all peers.
+"""
+
+from dataclasses import dataclass
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32, Int64
+from cutlass.memory import SmemAllocator
+
+from ...cute_kernels.jit import Program
+from ...cute_kernels.sm90 import ptx
+from ...cute_kernels.sm90.args import fake_args, param_kinds
+from .config import LL_REDUCE_WARPS
+from .ll_verbs import ACK, READY, finish, line, mask_of, slot_of
+from .verbs import (
+    PHASE,
+    Group,
+    is_masked,
+    ld_f32,
+    ld_i32,
+    ld_i64,
+    ld_vector,
+    may_proceed,
+    st_i64,
+    wait_flag,
+)
+
+THREADS = 32 * LL_REDUCE_WARPS
+BATCH = 4  # rows whose loads are in flight together
+
+
+@dataclass(frozen=True)
+class LlCombineReceiveArgs:
+    """Kernel parameters in launch order. Addresses of 0 stand for what a call does not have."""
+
+    epoch: Int64  # int32 (1,), of the send
+    topk_idx: Int64  # int64 or int32 (tokens, topk)
+    topk_idx_bytes: Int32
+    topk_weights: Int64  # f32 (tokens, topk)
+    tokens: Int32
+    topk: Int32
+    hidden: Int32
+    out: Int64  # out, bf16 (tokens, hidden)
+    wait_stats: Int64  # int64 (ranks,), ns waited for each rank, added to
+    elastic: Int32
+    experts: Int32
+    experts_per_rank: Int32
+    max_topk: Int32
+    slot_bytes: Int64
+    data_offset: Int64
+
+
+class LlCombineReceive:
+    def __init__(self):
+        @cute.struct
+        class Smem:
+            flag: cute.struct.MemRange[Int32, 4]
+
+        self.Smem = Smem
+
+    @cute.jit
+    def __call__(self, g: Group, args: LlCombineReceiveArgs, stream: cuda.CUstream):
+        self.kernel(g, args).launch(grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)
+
+    @cute.kernel
+    def kernel(self, g: Group, a: LlCombineReceiveArgs):
+        tid, _, _ = cute.arch.thread_idx()
+        cta, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
+        flag = SmemAllocator().allocate(self.Smem).flag.data_ptr()
+        epoch, mask = ld_i32(a.epoch), mask_of(g, a.elastic)
+        if tid < g.ranks:
+            start = cute.arch.globaltimer()
+            wait_flag(g, g.own + line(READY, epoch, tid), epoch, tid, PHASE["ll_ready"], mask)
+            if (cta == 0) & (a.wait_stats != 0):
+                place = a.wait_stats + Int64(tid) * 8
+                st_i64(place, ld_i64(place) + (cute.arch.globaltimer() - start))
+        if may_proceed(g, flag):
+            pieces = (a.hidden + 255) // 256
+            memory = g.own + a.data_offset + Int64(slot_of(epoch)) * a.slot_bytes
+            for i in cutlass.range(warp * ctas + cta, a.tokens * pieces, LL_REDUCE_WARPS * ctas, unroll=1):
+                self.reduce(g, a, memory, mask, i // pieces, i % pieces * 256 + lane * 8, lane)
+        finish(g, ACK, "combine_receive", epoch, mask, False, flag)
+
+    @cute.jit
+    def reduce(
+        self, g: Group, a: LlCombineReceiveArgs, memory: Int64, mask: Int64, token: Int32, column: Int32, lane: Int32
+    ):
+        """8 columns of a token. A choice that is none, or on a rank that is left out, has the row -1."""
+        acc = cute.make_rmem_tensor(8, Float32)
+        acc.fill(0.0)
+        row, weight = Int32(-1), Float32(0.0)  # lane j: choice j
+        if lane < a.topk:
+            row, weight = self.choice(g, a, mask, token, lane)
+        for first in cutlass.range(0, a.topk, BATCH, unroll=1):
+            loaded, rows, weights = [], [], []
+            for u in cutlass.range_constexpr(BATCH):
+                at = first + u if first + u < a.topk else Int32(31)  # lane 31 has none: topk is 16 at most
+                rows.append(cute.arch.shuffle_sync(row, at))
+                weights.append(cute.arch.shuffle_sync(weight, at))
+                words = (Int32(0), Int32(0), Int32(0), Int32(0))
+                if (rows[u] >= 0) & (column < a.hidden):
+                    words = ld_vector(memory + Int64(rows[u]) * a.hidden * 2 + column * 2)
+                loaded.append(words)
+            for u in cutlass.range_constexpr(BATCH):
+                if rows[u] >= 0:
+                    for i in cutlass.range_constexpr(4):
+                        low, high = (loaded[u][i] << 16).bitcast(Float32), (loaded[u][i] & -0x10000).bitcast(Float32)
+                        acc[2 * i] = ptx.add_product(acc[2 * i], weights[u], low)
+                        acc[2 * i + 1] = ptx.add_product(acc[2 * i + 1], weights[u], high)
+        packed = cute.make_rmem_tensor(8, BFloat16)
+        packed.store(acc.load().to(BFloat16))
+        words = cute.recast_tensor(packed, Int32)
+        if column < a.hidden:
+            ptx.st_global_v4(a.out + (Int64(token) * a.hidden + column) * 2, *(words[i] for i in range(4)))
+
+    @cute.jit
+    def choice(self, g: Group, a: LlCombineReceiveArgs, mask: Int64, token: Int32, choice: Int32):
+        """Where the row of a choice lies, and its weight."""
+        i = token * a.topk + choice
+        expert = ld_i32(a.topk_idx + Int64(i) * a.topk_idx_bytes)
+        if a.topk_idx_bytes == 8:
+            if ld_i32(a.topk_idx + Int64(i) * 8 + 4) != expert >> 31:  # an int64 that is no int32
+                expert = Int32(-1)
+        row = Int32(-1)
+        if (expert >= 0) & (expert < a.experts):
+            if not is_masked(mask, expert // a.experts_per_rank):
+                row = token * a.max_topk + choice
+        return row, ld_f32(a.topk_weights + Int64(i) * 4)
+
+
+def program(config) -> Program:
+    """The host function and the fake arguments that compile it."""
+    kernel = LlCombineReceive()
+    kernel.kernel.set_name_prefix("cutehop_ep_ll_combine_receive", remove_cutlass_symbol=True, keep_mangled_name=False)
+    return Program(
+        host=kernel,
+        args=(fake_args(Group), fake_args(LlCombineReceiveArgs), cuda.CUstream(0)),
+        threads=THREADS,
+        smem_bytes=kernel.Smem.size_in_bytes(),
+        params=param_kinds(Group) + param_kinds(LlCombineReceiveArgs),
+    )

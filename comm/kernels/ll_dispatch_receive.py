@@ -1,0 +1,231 @@
+"""Low-latency dispatch, receiver's side: from my memory, where peers have pushed records, into the experts' blocks.
+
+    out[e, base[e, s] + row] = record of source s      for each of its choices {e, row} that is mine
+    base[e, s] = rows of expert e from sources before s
+
+Grid (g, 1, 1), 512 threads. Every CTA waits for the counts, which arrive by themselves, adds them up and waits for the
+data; then each warp takes records: one bulk load into shared memory, one bulk store per choice, scales column by column.
+CTA 0 writes the counts. The last CTA to be done acknowledges to all peers.
+"""
+
+from dataclasses import dataclass
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64, Uint8
+from cutlass.experimental import primitives as prims
+from cutlass.memory import SmemAllocator
+
+from ...cute_kernels.jit import Program
+from ...cute_kernels.sm90.args import fake_args, param_kinds
+from ..config import MAX_RANKS
+from .config import LL_COPY_BYTES, LL_COPY_WARPS, MAX_EXPERTS
+from .ll_verbs import ACK, COUNTS, READY, finish, line, mask_of, slot_of
+from .verbs import (
+    GMEM,
+    PHASE,
+    Group,
+    ld_i32,
+    ld_i64,
+    may_proceed,
+    st_i32,
+    st_i64,
+    wait_count,
+    wait_flag,
+)
+
+THREADS = 32 * LL_COPY_WARPS
+
+
+@dataclass(frozen=True)
+class LlDispatchReceiveArgs:
+    """Kernel parameters in launch order. Addresses of 0 stand for what a call does not have."""
+
+    epoch: Int64  # int32 (1,), of the send
+    topk: Int32
+    row_bytes: Int32  # columns of a row
+    scale_words: Int32  # 32-bit words of scales per row
+    warps: Int32  # that copy, per CTA: a record's data per warp fits into the shared memory
+    x: Int64  # out (experts_per_rank, rows, row_bytes)
+    scales: Int64  # out, 32-bit words (experts_per_rank, scale_words, rows)
+    recv_count: Int64  # out, int32 (experts_per_rank,)
+    layout_range: Int64  # out, int64 (experts_per_rank, ranks): {first row, rows}
+    src_info: Int64  # out, int32 (experts_per_rank, rows)
+    send_slot: Int64  # out, int32 (experts_per_rank, rows)
+    recv_stats: Int64  # int32 (experts_per_rank,), added to
+    wait_stats: Int64  # int64 (ranks,), ns waited for each source, added to
+    elastic: Int32
+    experts_per_rank: Int32
+    max_tokens: Int32
+    max_topk: Int32
+    counts_bytes: Int32
+    head_bytes: Int32
+    record_bytes: Int32
+    slot_bytes: Int64
+    data_offset: Int64
+
+
+class LlDispatchReceive:
+    def __init__(self):
+        @cute.struct
+        class Smem:
+            rows: cute.struct.Align[cute.struct.MemRange[Uint8, LL_COPY_BYTES], 128]
+            firsts: cute.struct.MemRange[Int32, MAX_EXPERTS]  # (expert, source): rows, then first row
+            records: cute.struct.MemRange[Int32, MAX_RANKS]  # of each source
+            full: cute.struct.MemRange[Int64, LL_COPY_WARPS]
+            flag: cute.struct.MemRange[Int32, 4]
+
+        self.Smem = Smem
+
+    @cute.jit
+    def __call__(self, g: Group, args: LlDispatchReceiveArgs, stream: cuda.CUstream):
+        self.kernel(g, args).launch(grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)
+
+    @cute.kernel
+    def kernel(self, g: Group, a: LlDispatchReceiveArgs):
+        tid, _, _ = cute.arch.thread_idx()
+        cta, _, _ = cute.arch.block_idx()
+        warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
+        sm = SmemAllocator().allocate(self.Smem)
+        flag = sm.flag.data_ptr()
+        epoch, mask = ld_i32(a.epoch), mask_of(g, a.elastic)
+        if tid < LL_COPY_WARPS:
+            cute.arch.mbarrier_init(sm.full.data_ptr() + tid, 1)
+        cute.arch.mbarrier_init_fence()
+        self.wait(g, a, sm, epoch, mask)
+        if may_proceed(g, flag):
+            # Peers pushed in the async proxy, and their flags were acquired in the generic one.
+            cute.arch.fence_proxy("async.global")
+            self.number_rows(g, a, sm)
+            cute.arch.sync_threads()
+            if warp < a.warps:
+                self.copy_records(g, a, sm, epoch, warp, lane)
+        finish(g, ACK, "dispatch_receive", epoch, mask, False, flag)
+
+    @cute.jit
+    def wait(self, g: Group, a: LlDispatchReceiveArgs, sm, epoch: Int32, mask: Int64):
+        """Counts into shared memory, then the data. A source that is left out has sent nothing."""
+        tid, _, _ = cute.arch.thread_idx()
+        cta, _, _ = cute.arch.block_idx()
+        rows = sm.firsts.get_tensor(cute.make_layout(MAX_EXPERTS))
+        records = sm.records.get_tensor(cute.make_layout(MAX_RANKS))
+        words = 1 + a.experts_per_rank
+        start = cute.arch.globaltimer()
+        for i in cutlass.range(tid, g.ranks * words, THREADS, unroll=1):
+            source, word = i // words, i % words
+            at = Int64(slot_of(epoch) * g.ranks + source) * a.counts_bytes + COUNTS + word * 8
+            count = wait_count(g, g.own + at, epoch, source, PHASE["ll_counts"], mask)
+            if word == 0:
+                records[source] = count
+            else:
+                rows[(word - 1) * g.ranks + source] = count
+        cute.arch.sync_threads()
+        if tid < g.ranks:
+            if not wait_flag(g, g.own + line(READY, epoch, tid), epoch, tid, PHASE["ll_ready"], mask):
+                records[tid] = Int32(0)
+                for expert in cutlass.range(a.experts_per_rank, unroll=1):
+                    rows[expert * g.ranks + tid] = Int32(0)
+            if (cta == 0) & (a.wait_stats != 0):
+                place = a.wait_stats + Int64(tid) * 8
+                st_i64(place, ld_i64(place) + (cute.arch.globaltimer() - start))
+
+    @cute.jit
+    def number_rows(self, g: Group, a: LlDispatchReceiveArgs, sm):
+        """First row of each (expert, source) in shared memory; CTA 0 writes what the host and combine get of it."""
+        tid, _, _ = cute.arch.thread_idx()
+        cta, _, _ = cute.arch.block_idx()
+        base = sm.firsts.get_tensor(cute.make_layout(MAX_EXPERTS))
+        for expert in cutlass.range(tid, a.experts_per_rank, THREADS, unroll=1):
+            total = Int32(0)
+            for source in cutlass.range(g.ranks, unroll=1):
+                i = expert * g.ranks + source
+                count = base[i]
+                base[i] = total
+                if cta == 0:
+                    st_i64(a.layout_range + Int64(i) * 8, (Int64(total) << 32) | Int64(count))
+                total += count
+            if cta == 0:
+                st_i32(a.recv_count + Int64(expert) * 4, total)
+                if a.recv_stats != 0:
+                    place = a.recv_stats + Int64(expert) * 4
+                    st_i32(place, ld_i32(place) + total)
+
+    @cute.jit
+    def copy_records(self, g: Group, a: LlDispatchReceiveArgs, sm, epoch: Int32, warp: Int32, lane: Int32):
+        cta, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        records = sm.records.get_tensor(cute.make_layout(MAX_RANKS))
+        memory = g.own + a.data_offset + Int64(slot_of(epoch)) * a.slot_bytes
+        size = a.row_bytes + (a.scale_words * 4 + 15) // 16 * 16
+        place = sm.rows.data_ptr() + warp * size
+        full, phase = sm.full.data_ptr() + warp, Int32(0)
+        source, skipped = Int32(0), Int32(0)  # sources before this one have `skipped` records
+        total = Int32(0)
+        for s in cutlass.range(g.ranks, unroll=1):
+            total += records[s]
+        for i in cutlass.range(warp * ctas + cta, total, a.warps * ctas, unroll=1):
+            while i - skipped >= records[source]:
+                skipped += records[source]
+                source += 1
+            record = memory + Int64(source * a.max_tokens + i - skipped) * a.record_bytes
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # each lane: its stores have read the last record
+            cute.arch.sync_warp()
+            if lane == 0:
+                cute.arch.mbarrier_arrive_and_expect_tx(full, size)
+                prims.cp_async_bulk_shared_cluster_global(
+                    place, cute.make_ptr(Uint8, record + a.head_bytes, GMEM, assumed_align=16), full, size
+                )
+            token, row = ld_i32(record), Int32(-1)  # lane j: row of choice j among all of this rank
+            if lane < a.topk:
+                row = self.row_of(g, a, sm, record, source, lane)
+            cute.arch.mbarrier_wait(full, phase)
+            phase ^= 1
+            if row >= 0:
+                prims.cp_async_bulk_global_shared_cta(
+                    cute.make_ptr(Uint8, a.x + Int64(row) * a.row_bytes, GMEM, assumed_align=16), place, a.row_bytes
+                )
+                st_i32(a.src_info + Int64(row) * 4, token)
+                st_i32(
+                    a.send_slot + Int64(row) * 4, (source * a.max_tokens + token) * a.max_topk + lane
+                )
+            cute.arch.cp_async_bulk_commit_group()
+            if a.scale_words != 0:
+                self.copy_scales(g, a, place + a.row_bytes, row, lane)
+        cute.arch.cp_async_bulk_wait_group(0)
+
+    @cute.jit
+    def row_of(self, g: Group, a: LlDispatchReceiveArgs, sm, record: Int64, source: Int32, choice: Int32):
+        """Row of a choice in the blocks of all my experts together, -1 if the expert is not mine."""
+        base = sm.firsts.get_tensor(cute.make_layout(MAX_EXPERTS))
+        expert = ld_i32(record + 8 + choice * 8) - g.rank * a.experts_per_rank
+        row = Int32(-1)
+        if (expert >= 0) & (expert < a.experts_per_rank):
+            first = expert * (g.ranks * a.max_tokens) + base[expert * g.ranks + source]
+            row = first + ld_i32(record + 12 + choice * 8)
+        return row
+
+    @cute.jit
+    def copy_scales(self, g: Group, a: LlDispatchReceiveArgs, scales: cute.Pointer, row: Int32, lane: Int32):
+        """Word w of a row goes to column w of its expert's block, in which rows are contiguous."""
+        words = cute.make_tensor(cute.recast_ptr(scales, dtype=Int32), cute.make_layout(1 << 16))
+        rows = g.ranks * a.max_tokens
+        for choice in cutlass.range(a.topk, unroll=1):
+            to = cute.arch.shuffle_sync(row, choice)
+            if to >= 0:
+                block = a.scales + (Int64(to // rows) * a.scale_words * rows + to % rows) * 4
+                for w in cutlass.range(lane, a.scale_words, 32, unroll=1):
+                    st_i32(block + Int64(w) * rows * 4, words[w])
+
+
+def program(config) -> Program:
+    """The host function and the fake arguments that compile it."""
+    kernel = LlDispatchReceive()
+    kernel.kernel.set_name_prefix("cutehop_ep_ll_dispatch_receive", remove_cutlass_symbol=True, keep_mangled_name=False)
+    return Program(
+        host=kernel,
+        args=(fake_args(Group), fake_args(LlDispatchReceiveArgs), cuda.CUstream(0)),
+        threads=THREADS,
+        smem_bytes=kernel.Smem.size_in_bytes(),
+        params=param_kinds(Group) + param_kinds(LlDispatchReceiveArgs),
+    )

@@ -1,0 +1,314 @@
+"""Low-latency dispatch, sender's side: quantise each token and push it once to every rank that has one of its experts.
+
+    record = head {token, {expert, row among my choices of that expert} per choice} | columns | scales
+    place  = slot of the epoch, my part, index of the token among those I send to that rank
+
+Grid (g, 1, 1), 640 threads. In rounds, a token per team:
+
+    16 token warps  in teams of 2 to 16: bf16 columns to e4m3 with a scale per 128 columns (or the columns as they are)
+    4 index warps   expert ids into shared memory; in CTA 0, counts to all peers; then the heads of the round's tokens
+
+then one warp of each team stores its record to the peers, a lane per rank. Rows of an expert are numbered by source rank
+and token, so the receiver puts them in an order that does not depend on timing. Bound by latency, for many tokens
+by pushing. The last CTA to be done sends `ready`.
+"""
+
+from dataclasses import dataclass
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, Uint8
+from cutlass.experimental import primitives as prims
+from cutlass.memory import SmemAllocator
+
+from ...cute_kernels.jit import Program
+from ...cute_kernels.sm90 import ptx
+from ...cute_kernels.sm90.args import fake_args, param_kinds
+from ..config import MAX_RANKS
+from ..ll_config import MAX_TOPK, SLOTS
+from .config import LL_IDS, LL_INDEX_WARPS, LL_MAX_TEAMS, LL_STAGE_BYTES, LL_TOKEN_WARPS, MAX_EXPERTS
+from .ll_verbs import ACK, COUNTS, READY, finish, line, mask_of, next_epoch, slot_of
+from .verbs import (
+    GMEM,
+    PHASE,
+    Group,
+    is_masked,
+    ld_i32,
+    ld_vector,
+    may_proceed,
+    peer_base,
+    send_count,
+    st_i32,
+    wait_flag,
+)
+
+TOKEN_THREADS = 32 * LL_TOKEN_WARPS
+INDEX_THREADS = 32 * LL_INDEX_WARPS
+THREADS = TOKEN_THREADS + INDEX_THREADS
+INDEX_BARRIER = 1
+BF16, F32_SCALES, POW2_SCALES, UE8M0_SCALES = range(4)  # LlDispatchSendArgs.format
+HEAD_WORDS = 2 + 2 * MAX_TOPK
+FP8_MAX, FP8_MIN_AMAX = 448.0, 1e-4
+
+
+@dataclass(frozen=True)
+class LlDispatchSendArgs:
+    """Kernel parameters in launch order."""
+
+    x: Int64  # bf16 (tokens, hidden)
+    topk_idx: Int64  # int64 or int32 (tokens, topk); ids outside [0, experts) are no choice
+    topk_idx_bytes: Int32
+    tokens: Int32
+    topk: Int32
+    hidden: Int32
+    format: Int32  # BF16 ... UE8M0_SCALES
+    teams: Int32  # per CTA, a power of two
+    epoch: Int64  # out, int32 (1,)
+    elastic: Int32
+    experts: Int32
+    experts_per_rank: Int32
+    max_tokens: Int32
+    counts_bytes: Int32  # of one source in the counts region
+    head_bytes: Int32
+    record_bytes: Int32
+    slot_bytes: Int64
+    data_offset: Int64
+
+
+class LlDispatchSend:
+    def __init__(self):
+        @cute.struct
+        class Smem:
+            records: cute.struct.Align[cute.struct.MemRange[Uint8, LL_STAGE_BYTES], 128]
+            ids: cute.struct.MemRange[Int32, LL_IDS]
+            counters: cute.struct.MemRange[Int32, MAX_EXPERTS + MAX_RANKS]  # CTA 0: choices of experts, tokens for ranks
+            heads: cute.struct.MemRange[Int32, LL_MAX_TEAMS * HEAD_WORDS]
+            index: cute.struct.MemRange[Int32, LL_MAX_TEAMS * MAX_RANKS]  # of the team's token at each rank, or -1
+            flag: cute.struct.MemRange[Int32, 4]
+
+        self.Smem = Smem
+
+    @cute.jit
+    def __call__(self, g: Group, args: LlDispatchSendArgs, stream: cuda.CUstream):
+        self.kernel(g, args).launch(grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)
+
+    @cute.kernel
+    def kernel(self, g: Group, a: LlDispatchSendArgs):
+        tid, _, _ = cute.arch.thread_idx()
+        cta, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
+        sm = SmemAllocator().allocate(self.Smem)
+        flag = sm.flag.data_ptr()
+        epoch, mask = next_epoch(g), mask_of(g, a.elastic)
+        if (cta == 0) & (tid == 0):
+            st_i32(a.epoch, epoch)
+        if tid < g.ranks:
+            wait_flag(g, g.own + line(ACK, epoch, tid), epoch - SLOTS, tid, PHASE["ll_ack"], mask)
+        if may_proceed(g, flag):
+            if warp >= LL_TOKEN_WARPS:
+                self.load_ids(a, sm, tid - TOKEN_THREADS)
+                if cta == 0:
+                    self.send_counts(g, a, sm, epoch, mask, tid - TOKEN_THREADS)
+            rounds = (a.tokens + ctas * a.teams - 1) // (ctas * a.teams)
+            for r in cutlass.range(rounds, unroll=1):
+                first = r * a.teams * ctas + cta  # token of team 0; the next team's is `ctas` further
+                if warp >= LL_TOKEN_WARPS:
+                    for team in cutlass.range(warp - LL_TOKEN_WARPS, a.teams, LL_INDEX_WARPS, unroll=1):
+                        if first + team * ctas < a.tokens:
+                            self.make_head(g, a, sm, first + team * ctas, team, lane)
+                else:
+                    self.pack(a, sm, warp, lane, first, ctas)
+                cute.arch.fence_view_async_shared()
+                cute.arch.sync_threads()
+                if warp < a.teams:
+                    if first + warp * ctas < a.tokens:
+                        self.push(g, a, sm, epoch, mask, warp, lane)
+                cute.arch.sync_threads()
+            cute.arch.cp_async_bulk_wait_group(0)
+        finish(g, READY, "dispatch_send", epoch, mask, True, flag)
+
+    @cute.jit
+    def id_of(self, a: LlDispatchSendArgs, i: Int32):
+        """Expert of choice i of all, -1 for none."""
+        expert = ld_i32(a.topk_idx + Int64(i) * a.topk_idx_bytes)
+        if a.topk_idx_bytes == 8:
+            if ld_i32(a.topk_idx + Int64(i) * 8 + 4) != expert >> 31:  # an int64 that is no int32
+                expert = Int32(-1)
+        return expert if (expert >= 0) & (expert < a.experts) else Int32(-1)
+
+    @cute.jit
+    def load_ids(self, a: LlDispatchSendArgs, sm, thread: Int32):
+        ids = sm.ids.get_tensor(cute.make_layout(LL_IDS))
+        choices = a.tokens * a.topk
+        choices = choices if choices < LL_IDS else Int32(LL_IDS)
+        for i in cutlass.range(thread, choices, INDEX_THREADS, unroll=4):
+            ids[i] = self.id_of(a, i)
+        cute.arch.barrier(barrier_id=INDEX_BARRIER, number_of_threads=INDEX_THREADS)
+
+    @cute.jit
+    def get_id(self, a: LlDispatchSendArgs, sm, i: Int32):
+        ids = sm.ids.get_tensor(cute.make_layout(LL_IDS))
+        return ids[i] if i < LL_IDS else self.id_of(a, i)
+
+    @cute.jit
+    def send_counts(self, g: Group, a: LlDispatchSendArgs, sm, epoch: Int32, mask: Int64, thread: Int32):
+        """{epoch, tokens} and {epoch, choices} of each expert, to their ranks."""
+        counters = sm.counters.data_ptr()
+        for i in cutlass.range(thread, a.experts + g.ranks, INDEX_THREADS, unroll=1):
+            cute.arch.store(counters + i, Int32(0))
+        cute.arch.barrier(barrier_id=INDEX_BARRIER, number_of_threads=INDEX_THREADS)
+        for token in cutlass.range(thread, a.tokens, INDEX_THREADS, unroll=1):
+            ranks = Int32(0)
+            for choice in cutlass.range(a.topk, unroll=1):
+                expert = self.get_id(a, sm, token * a.topk + choice)
+                if expert >= 0:
+                    cute.arch.atomic_add(counters + expert, Int32(1), sem="relaxed", scope="cta")
+                    ranks |= Int32(1) << (expert // a.experts_per_rank)
+            for r in cutlass.range(g.ranks, unroll=1):
+                if (ranks >> r) & 1 != 0:
+                    cute.arch.atomic_add(counters + a.experts + r, Int32(1), sem="relaxed", scope="cta")
+        cute.arch.barrier(barrier_id=INDEX_BARRIER, number_of_threads=INDEX_THREADS)
+        mine = Int64(slot_of(epoch) * g.ranks + g.rank) * a.counts_bytes + COUNTS
+        for i in cutlass.range(thread, a.experts + g.ranks, INDEX_THREADS, unroll=1):
+            rank, word = i - a.experts, Int32(0)
+            if i < a.experts:
+                rank, word = i // a.experts_per_rank, 1 + i % a.experts_per_rank
+            if not is_masked(mask, rank):
+                send_count(peer_base(g, rank) + mine + word * 8, epoch, cute.arch.load(counters + i, Int32))
+
+    @cute.jit
+    def make_head(self, g: Group, a: LlDispatchSendArgs, sm, token: Int32, team: Int32, lane: Int32):
+        """By one warp: head of a token's record, and its index among the tokens that go to each rank."""
+        head = cute.make_tensor(sm.heads.data_ptr() + team * HEAD_WORDS, cute.make_layout(HEAD_WORDS))
+        index = cute.make_tensor(sm.index.data_ptr() + team * MAX_RANKS, cute.make_layout(MAX_RANKS))
+        own = Int32(-1)  # lane j: my choice j
+        if lane < a.topk:
+            own = self.get_id(a, sm, token * a.topk + lane)
+        mine = [cute.arch.shuffle_sync(own, j) for j in range(MAX_TOPK)]
+        equal = cute.make_rmem_tensor(MAX_TOPK, Int32)  # earlier choices of the same expert
+        equal.fill(0)
+        for i in cutlass.range(lane, token * a.topk, 32, unroll=2):
+            other = self.get_id(a, sm, i)
+            for j in cutlass.range_constexpr(MAX_TOPK):
+                equal[j] = equal[j] + Int32(other == mine[j])
+        earlier = cute.make_rmem_tensor(MAX_RANKS, Int32)  # earlier tokens that go to the rank
+        earlier.fill(0)
+        for t in cutlass.range(lane, token, 32, unroll=1):
+            ranks = self.ranks_of(a, sm, t)
+            for r in cutlass.range_constexpr(MAX_RANKS):
+                earlier[r] = earlier[r] + ((ranks >> r) & 1)
+        goes = self.ranks_of(a, sm, token)
+        for r in cutlass.range_constexpr(MAX_RANKS):
+            total = cute.arch.warp_redux_sync(earlier[r], "add")
+            if lane == r:
+                index[r] = total if (goes >> r) & 1 != 0 else Int32(-1)
+        before = Int32(0)
+        for j in cutlass.range_constexpr(MAX_TOPK):
+            total = cute.arch.warp_redux_sync(equal[j], "add")
+            if lane == j:
+                before += total
+            if (lane > j) & (own == mine[j]):  # an expert twice in one token
+                before += 1
+        if lane < a.topk:
+            head[2 + 2 * lane], head[3 + 2 * lane] = own, before
+        if lane == 0:
+            head[0], head[1] = token, Int32(0)
+
+    @cute.jit
+    def ranks_of(self, a: LlDispatchSendArgs, sm, token: Int32):
+        """Bit r: a choice of the token is on rank r."""
+        ranks = Int32(0)
+        for choice in cutlass.range(a.topk, unroll=1):
+            expert = self.get_id(a, sm, token * a.topk + choice)
+            if expert >= 0:
+                ranks |= Int32(1) << (expert // a.experts_per_rank)
+        return ranks
+
+    @cute.jit
+    def pack(self, a: LlDispatchSendArgs, sm, warp: Int32, lane: Int32, first: Int32, ctas: Int32):
+        """Columns and scales of the record of this warp's team; a step is 256 columns, 8 per lane."""
+        size = LL_TOKEN_WARPS // a.teams
+        team = warp // size
+        token = first + team * ctas
+        if token < a.tokens:
+            record = sm.records.data_ptr() + team * a.record_bytes + a.head_bytes
+            row = a.x + Int64(token) * a.hidden * 2
+            for column in cutlass.range((warp % size) * 256 + lane * 8, a.hidden, size * 256, unroll=1):
+                words = ld_vector(row + Int64(column) * 2)
+                if a.format == BF16:
+                    ptx.st_shared_v4(record + column * 2, *words)
+                else:
+                    self.quantise(a, record, column, words, lane)
+
+    @cute.jit
+    def quantise(self, a: LlDispatchSendArgs, record: cute.Pointer, column: Int32, words, lane: Int32):
+        """16 lanes share a scale. Lanes past the last column are not here: they are whole groups of 16."""
+        values = []
+        for i in cutlass.range_constexpr(4):
+            values.append((words[i] << 16).bitcast(Float32))
+            values.append((words[i] & -0x10000).bitcast(Float32))
+        amax = Float32(FP8_MIN_AMAX)
+        for i in cutlass.range_constexpr(8):
+            amax = cute.arch.fmax(amax, ptx.abs_f32(values[i]))
+        group = Int32(-1) if column - lane * 8 + 256 <= a.hidden else Int32(0xFFFF)
+        for i in cutlass.range_constexpr(4):
+            amax = cute.arch.fmax(amax, cute.arch.shuffle_sync_bfly(amax, offset=1 << i, mask=group))
+        scale, inverse = ptx.div_rn(amax, Float32(FP8_MAX)), ptx.div_rn(Float32(FP8_MAX), amax)
+        exponent = Int32(0)
+        if a.format != F32_SCALES:
+            bits = scale.bitcast(Int32)
+            exponent = (bits >> 23) & 255
+            if bits & 0x7FFFFF != 0:
+                exponent += 1
+            scale, inverse = (exponent << 23).bitcast(Float32), ((254 - exponent) << 23).bitcast(Float32)
+        low = ptx.cvt_e4m3x4(*(values[i] * inverse for i in range(4)))
+        high = ptx.cvt_e4m3x4(*(values[i] * inverse for i in range(4, 8)))
+        ptx.st_shared_v2(record + column, low, high)
+        if lane % 16 == 0:
+            place = record + a.hidden
+            if a.format == UE8M0_SCALES:
+                cute.arch.store(place + column // 128, Uint8(exponent))
+            else:
+                cute.arch.store(cute.recast_ptr(place + column // 128 * 4, dtype=Int32), scale.bitcast(Int32))
+
+    @cute.jit
+    def push(self, g: Group, a: LlDispatchSendArgs, sm, epoch: Int32, mask: Int64, team: Int32, lane: Int32):
+        """By one warp: the head into the record, then the record to every rank, a lane each."""
+        head = cute.make_tensor(sm.heads.data_ptr() + team * HEAD_WORDS, cute.make_layout(HEAD_WORDS))
+        record = sm.records.data_ptr() + team * a.record_bytes
+        words = cute.make_tensor(cute.recast_ptr(record, dtype=Int32), cute.make_layout(HEAD_WORDS))
+        for i in cutlass.range(lane, 2 + 2 * a.topk, 32, unroll=1):
+            words[i] = head[i]
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+        if lane < g.ranks:
+            index = cute.make_tensor(sm.index.data_ptr() + team * MAX_RANKS, cute.make_layout(MAX_RANKS))[lane]
+            if index >= 0:
+                if not is_masked(mask, lane):
+                    size = a.head_bytes + a.hidden * 2
+                    if a.format != BF16:
+                        words_of_scales = (a.hidden // 128 + 3) // 4 if a.format == UE8M0_SCALES else a.hidden // 128
+                        size = a.head_bytes + (a.hidden + words_of_scales * 4 + 15) // 16 * 16
+                    at = Int64(slot_of(epoch)) * a.slot_bytes + Int64(g.rank * a.max_tokens + index) * a.record_bytes
+                    prims.cp_async_bulk_global_shared_cta(
+                        cute.make_ptr(Uint8, peer_base(g, lane) + a.data_offset + at, GMEM, assumed_align=16),
+                        record,
+                        size,
+                    )
+        cute.arch.cp_async_bulk_commit_group()
+        cute.arch.cp_async_bulk_wait_group(0, read=True)  # before the next round overwrites the record
+
+
+def program(config) -> Program:
+    """The host function and the fake arguments that compile it."""
+    kernel = LlDispatchSend()
+    kernel.kernel.set_name_prefix("cutehop_ep_ll_dispatch_send", remove_cutlass_symbol=True, keep_mangled_name=False)
+    return Program(
+        host=kernel,
+        args=(fake_args(Group), fake_args(LlDispatchSendArgs), cuda.CUstream(0)),
+        threads=THREADS,
+        smem_bytes=kernel.Smem.size_in_bytes(),
+        params=param_kinds(Group) + param_kinds(LlDispatchSendArgs),
+    )
