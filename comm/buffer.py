@@ -5,7 +5,6 @@ It owns the symmetric memory and launches the kernels of comm/kernels. README.md
 
 from __future__ import annotations
 
-import ctypes
 import time
 from typing import TYPE_CHECKING
 
@@ -16,17 +15,14 @@ from cutehop.cute_kernels.errors import check
 
 from . import kernels, outputs
 from .base import DEFAULT_TIMEOUT_S, Buffer, Dispatched, EpHandle, InputRegion
-from .errors import EpTimeoutError
-from .heap import open_heap
 from .kernels import config as sizes
-from .layout import ERROR_WORDS, PHASES, EpLayout
+from .layout import PHASES, EpLayout
+from .memory import DEFAULT_NUM_SMS, PeerMemory, address, aligned, words
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from .config import EpConfig
-
-DEFAULT_NUM_SMS = 16
 
 
 class CudaBuffer(Buffer):
@@ -53,11 +49,7 @@ class CudaBuffer(Buffer):
         """
         device = torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device)
         super().__init__(group, config, device, name, num_sms)
-        self._max_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        _check_sms(num_sms, self._max_sms)
-        check(timeout_s > 0, f"Buffer: timeout_s {timeout_s}, must be positive; give peers time to arrive")
-        self._timeout_s = timeout_s
-        self.layout = EpLayout(config)
+        self.layout = at = EpLayout(config)
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream().cuda_stream
             self._send = kernels.send_kernel(sizes.SendConfig(), stream)
@@ -65,35 +57,16 @@ class CudaBuffer(Buffer):
             self._combine_send = kernels.combine_send_kernel(sizes.CombineSendConfig(), stream)
             self._combine_receive = kernels.combine_receive_kernel(sizes.CombineReceiveConfig(), stream)
             self._wait = kernels.wait_kernel(sizes.WaitConfig(), stream)
-        self._host = torch.zeros(self.layout.host_bytes, dtype=torch.uint8, pin_memory=True)
-        self._error = _words(self._host, self.layout.error.offset, len(ERROR_WORDS))
-        self._recv_counts = _words(self._host, self.layout.recv_counts.offset, self.layout.recv_counts.items)
+        self._memory = PeerMemory(group, device, provider, at.heap_bytes, at.host_bytes, at.error.offset, timeout_s)
+        self._memory.check_sms(num_sms)
+        self._recv_counts = words(self._memory.host, at.recv_counts.offset, at.recv_counts.items)
+        self._recv_counts_address = self._memory.host.data_ptr() + at.recv_counts.offset
         self._ticket = 0
         self._region_args()
-        self._heap = open_heap(provider, group, self.layout.heap_bytes, device, timeout_s)
-        self._map_memory()
         self._opened()
 
     def check(self) -> None:
-        raised, peer, phase, expected, got, waited_ns = self._error
-        if not raised:
-            return
-        if PHASES[phase] == "rows":
-            raise RuntimeError(
-                f"buffer {self.name!r}: rank {peer} receives {expected} rows, the limit is {got}; the call is lost. "
-                "Destroy the buffer and make one with a larger max_recv_tokens, or pass num_worst_tokens >= ranks * tokens"
-            )
-        raise EpTimeoutError(self.rank, peer, PHASES[phase], expected, got, waited_ns / 1e9)
-
-    def _map_memory(self) -> None:
-        """Kernel parameters that say where everything is. The heap comes zeroed on all ranks, as flags have to be."""
-        heap, host = self._heap, self._host.data_ptr()
-        self._bases = torch.tensor(heap.bases, dtype=torch.int64, device=self.device)
-        error, timeout_ns = host + self.layout.error.offset, int(self._timeout_s * 1e9)
-        self._group_args = (
-            self._bases.data_ptr(), heap.bases[self.rank], error, timeout_ns, self.rank, self.ranks,
-        )  # fmt: skip
-        self._recv_counts_address = host + self.layout.recv_counts.offset
+        self._memory.check(self.name)
 
     def _region_args(self) -> None:
         """Kernel parameters that say where the regions are, the last ones of every kernel: the same in all calls."""
@@ -106,27 +79,18 @@ class CudaBuffer(Buffer):
         self._combine_regions = (at.y_weights.offset, at.y_weights.item_bytes, at.y.offset)
 
     def _input_regions(self) -> tuple[InputRegion, InputRegion]:
-        x, y, memory = self.layout.x, self.layout.y, self._heap.local
+        x, y, memory = self.layout.x, self.layout.y, self._memory.local
         return (
             InputRegion("dispatch_input", memory[x.offset : x.end]),
             InputRegion("combine_input", memory[y.offset : y.end]),
         )
-
-    def _stream(self) -> int:
-        check(
-            torch.cuda.current_device() == self.device.index,
-            f"buffer {self.name!r} is on {self.device}, the current device is cuda:{torch.cuda.current_device()}; "
-            "make its device current",
-            RuntimeError,
-        )
-        return torch.cuda.current_stream().cuda_stream
 
     def _await_readers(self, combine: bool) -> None:
         ack, operation, phase = (
             (self.layout.combine_ack, 1, "combine_ack") if combine else (self.layout.dispatch_ack, 0, "dispatch_ack")
         )
         values = (ack.offset, self.layout.epochs.at(operation), PHASES.index(phase))
-        self._wait.launch((1, 1, 1), self._stream(), *self._group_args, *values)
+        self._wait.launch((1, 1, 1), self._memory.stream(self.name), *self._memory.group_args, *values)
 
     def _dispatch(
         self,
@@ -141,7 +105,7 @@ class CudaBuffer(Buffer):
         in_place: bool,
         num_sms: int,
     ) -> Dispatched:
-        stream = self._stream()
+        stream = self._memory.stream(self.name)
         ticket = 0
         if num_worst_tokens == 0:
             check(
@@ -152,7 +116,7 @@ class CudaBuffer(Buffer):
             )
             ticket = self._ticket = self._ticket % 0x7FFFFFFF + 1
         counts = outputs.counts(is_token_in_rank, num_tokens_per_expert)
-        x = _aligned(x)
+        x = aligned(x)
         self._launch_send(
             stream, x, scales, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert, counts,
             ticket, num_worst_tokens, in_place, num_sms,
@@ -171,7 +135,7 @@ class CudaBuffer(Buffer):
     def _dispatch_cached(
         self, x: Tensor, scales: Tensor | None, handle: EpHandle, *, in_place: bool, num_sms: int
     ) -> tuple[Tensor, Tensor | None]:
-        stream, x = self._stream(), _aligned(x)
+        stream, x = self._memory.stream(self.name), aligned(x)
         recv_x, recv_scales = outputs.cached(x, scales, handle.recv_src_idx)
         self._launch_send(stream, x, scales, None, None, None, None, None, 0, 0, in_place, num_sms)
         self._launch_receive(
@@ -197,26 +161,26 @@ class CudaBuffer(Buffer):
         """In launch order of kernels.send.SendArgs. counts: None for a cached dispatch."""
         nothing_to_copy = in_place and scales is None and counts is None
         self._send.launch(
-            (1 if nothing_to_copy else _checked_sms(num_sms, self._max_sms), 1, 1),
+            (1 if nothing_to_copy else self._memory.check_sms(num_sms), 1, 1),
             stream,
-            *self._group_args,
+            *self._memory.group_args,
             int(counts is not None),
             x.shape[0],
-            _address(is_token_in_rank),
-            _address(num_tokens_per_expert),
+            address(is_token_in_rank),
+            address(num_tokens_per_expert),
             self.config.experts_per_rank,
             0 if in_place else x.data_ptr(),
             x.shape[1] * x.itemsize,
-            _address(scales),
+            address(scales),
             scales.shape[1] if scales is not None else 0,
             *(scales.stride() if scales is not None else (0, 0)),
-            _address(topk_idx),
+            address(topk_idx),
             topk_idx.itemsize if topk_idx is not None else 0,
-            _address(topk_weights),
+            address(topk_weights),
             topk_idx.shape[1] if topk_idx is not None else 0,
-            _address(counts and counts.send_row),
-            _address(counts and counts.rank_prefix_matrix),
-            _address(counts and counts.num_recv_tokens_per_expert),
+            address(counts and counts.send_row),
+            address(counts and counts.rank_prefix_matrix),
+            address(counts and counts.num_recv_tokens_per_expert),
             self._recv_counts_address,
             ticket,
             out_rows,
@@ -238,9 +202,9 @@ class CudaBuffer(Buffer):
         """In launch order of kernels.receive.ReceiveArgs."""
         row_bytes = x.shape[1] * x.itemsize
         self._receive.launch(
-            (_checked_sms(num_sms, self._max_sms), 1, 1),
+            (self._memory.check_sms(num_sms), 1, 1),
             stream,
-            *self._group_args,
+            *self._memory.group_args,
             int(lists),
             matrix.data_ptr(),
             src_idx.data_ptr(),
@@ -248,18 +212,20 @@ class CudaBuffer(Buffer):
             x.data_ptr(),
             row_bytes,
             *sizes.ring(row_bytes, sizes.RING_BYTES),
-            _address(scales),
+            address(scales),
             scales.shape[1] if scales is not None else 0,
-            _address(topk_idx),
+            address(topk_idx),
             topk_idx.itemsize if topk_idx is not None else 0,
-            _address(topk_weights),
+            address(topk_weights),
             topk_idx.shape[1] if topk_idx is not None else 0,
             *self._receive_regions,
         )
 
     def _await_counts(self, ticket: int) -> list[int]:
         """Rows that this rank receives, then the choices of each local expert, once the kernel has told them."""
-        deadline = time.monotonic() + 2 * self._timeout_s + 10  # the kernel gives up first, after two waits at most
+        deadline = (
+            time.monotonic() + 2 * self._memory.timeout_s + 10
+        )  # the kernel gives up first, after two waits at most
         while True:
             words = self._recv_counts[:]
             if all(word >> 32 == ticket for word in words):
@@ -283,27 +249,27 @@ class CudaBuffer(Buffer):
         in_place: bool,
         num_sms: int,
     ) -> tuple[Tensor, Tensor | None]:
-        stream, num_sms = self._stream(), _checked_sms(num_sms, self._max_sms)
-        y = _aligned(y)
+        stream, num_sms = self._memory.stream(self.name), self._memory.check_sms(num_sms)
+        y = aligned(y)
         row_bytes = y.shape[1] * y.itemsize
         topk = topk_weights.shape[1] if topk_weights is not None else 0
         combined_x, combined_weights = outputs.combined(y, topk_weights, handle.is_token_in_rank)
-        biases = [_aligned(bias) for bias in (bias_0, bias_1) if bias is not None]
+        biases = [aligned(bias) for bias in (bias_0, bias_1) if bias is not None]
         self._combine_send.launch(
             (1 if in_place and topk_weights is None else num_sms, 1, 1),
             stream,
-            *self._group_args,
+            *self._memory.group_args,
             handle.rank_prefix_matrix.data_ptr(),
             0 if in_place else y.data_ptr(),
             row_bytes,
-            _address(topk_weights),
+            address(topk_weights),
             topk,
             *self._combine_regions,
         )
         self._combine_receive.launch(
             (num_sms, 1, 1),
             stream,
-            *self._group_args,
+            *self._memory.group_args,
             handle.rank_prefix_matrix.data_ptr(),
             handle.send_row.data_ptr(),
             combined_x.shape[0],
@@ -311,46 +277,17 @@ class CudaBuffer(Buffer):
             row_bytes,
             *sizes.ring(row_bytes, sizes.TEAM_RING_BYTES),
             *(biases[i].data_ptr() if i < len(biases) else 0 for i in range(2)),
-            _address(combined_weights),
+            address(combined_weights),
             topk,
             *self._combine_regions,
         )
         return combined_x, combined_weights
 
     def _release_memory(self) -> None:
-        self._heap.release()
+        self._memory.release()
 
     def _acquire_memory(self) -> None:
-        self._heap.acquire()
-        self._map_memory()
+        self._memory.acquire()
 
     def _destroy(self) -> None:
-        try:
-            self._heap.destroy()
-        except EpTimeoutError:
-            if not self._error[0]:  # after a failed call peers may be gone, and this rank's memory is free either way
-                raise
-
-
-def _words(memory: Tensor, offset: int, count: int) -> ctypes.Array[ctypes.c_int64]:
-    """64-bit words of host memory that the GPU writes; a slice of them is a list of ints."""
-    return (ctypes.c_int64 * count).from_address(memory.data_ptr() + offset)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _aligned(rows: Tensor) -> Tensor:
-    """The rows, or a copy of them that begins at a multiple of 16 bytes, as 16-byte loads need."""
-    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
-
-
-def _check_sms(num_sms: int, most: int) -> None:
-    check(1 <= num_sms <= most, f"Buffer: num_sms {num_sms}, supported 1..{most}; the GPU has {most} SMs")
-
-
-def _checked_sms(num_sms: int, most: int) -> int:
-    if not 1 <= num_sms <= most:
-        _check_sms(num_sms, most)
-    return num_sms
+        self._memory.destroy()

@@ -313,8 +313,6 @@ def _placed(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
 
 def _same(op: str, what: str, got: int, want: int, cure: str) -> None:
     """Sizes agree. Sizes that torch.compile knows only at run time become an assertion of the compiled graph."""
-
-    def message() -> str:
-        return f"{op}: {what} {got}, needs {want}; {cure}"
-
-    torch._check_value(got == want, message)
+    equal = got == want
+    if equal is not True:
+        torch._check_value(equal, lambda: f"{op}: {what} {got}, needs {want}; {cure}")

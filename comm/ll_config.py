@@ -21,8 +21,9 @@ class LlConfig:
     """What one rank of a low-latency buffer can hold.
 
     ranks: 1..8. hidden: columns of a token, a positive multiple of 128.
-    max_tokens: most tokens a rank brings to a call (T), at least 1. num_experts: of the whole group, a multiple of ranks, at
-        most 1024 per rank. max_topk: most choices per token, 1..16.
+    max_tokens: most tokens a rank brings to a call (T), at least 1.
+    num_experts: of the whole group, a multiple of ranks, at most 1024 per rank.
+    max_topk: most choices per token, 1..16.
     elastic: a wait that expires masks the peer and the call goes on without it, instead of failing the buffer.
 
     Raises TypeError for a value that is no int, ValueError for one outside its limits.
@@ -50,13 +51,13 @@ class LlConfig:
         )
         check(
             self.num_experts > 0 and self.num_experts % self.ranks == 0,
-            f"LlConfig: num_experts {self.num_experts}, must be a positive multiple of ranks {self.ranks}; pad the experts "
-            "so that every rank has as many",
+            f"LlConfig: num_experts {self.num_experts}, must be a positive multiple of ranks {self.ranks}; pad the "
+            "experts so that every rank has as many",
         )
         check(
             self.experts_per_rank <= MAX_LOCAL_EXPERTS,
-            f"LlConfig: num_experts {self.num_experts} on {self.ranks} ranks is {self.experts_per_rank} per rank, limit "
-            f"{MAX_LOCAL_EXPERTS}; use more ranks",
+            f"LlConfig: num_experts {self.num_experts} on {self.ranks} ranks is {self.experts_per_rank} per rank, "
+            f"limit {MAX_LOCAL_EXPERTS}; use more ranks",
         )
         self._limit("max_tokens", MAX_SEND_SLOTS // (self.ranks * self.max_topk), "send smaller batches")
 
@@ -120,7 +121,9 @@ class LlLayout:
         )
         self.control_bytes = heap.end
         self.data = heap.rows("data", SLOTS, config.slot_bytes, "peers push records or rows; I read")
-        self.error = host.lines("error", 1, "the kernel that set abort writes layout.ERROR_WORDS; Python reads and raises")
+        self.error = host.lines(
+            "error", 1, "the kernel that set abort writes layout.ERROR_WORDS; Python reads and raises"
+        )
         self.regions: tuple[Region, ...] = (*heap.regions, *host.regions)
         self.heap_bytes = round_up(heap.end, ROW_ALIGN)
         self.host_bytes = host.end

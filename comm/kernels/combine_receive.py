@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64, Uint8
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8
 from cutlass.experimental import primitives as prims
 from cutlass.memory import SmemAllocator
 
@@ -103,6 +103,7 @@ class CombineReceive:
         y = sm.y.get_tensor(cute.make_layout(MAX_RANKS))
         weights = sm.weights.get_tensor(cute.make_layout(MAX_RANKS))
         epoch = read_epoch(g, "combine")
+        reached = Boolean(True)
         if tid < g.ranks:
             before = Int32(0)
             if g.rank > 0:
@@ -110,12 +111,12 @@ class CombineReceive:
             base = peer_base(g, tid)
             y[tid] = base + a.y_offset + Int64(before) * a.row_bytes
             weights[tid] = base + a.weights_offset + Int64(before) * a.weight_row_bytes
-            wait_flag(g, g.own + COMBINE_READY + tid * LINE, epoch, tid, PHASE["combine_ready"])
+            reached = wait_flag(g, g.own + COMBINE_READY + tid * LINE, epoch, tid, PHASE["combine_ready"])
         if tid < TEAMS * MAX_STAGES:
             cute.arch.mbarrier_init(sm.full.data_ptr() + tid, 1)
             cute.arch.mbarrier_init(sm.empty.data_ptr() + tid, TEAM_WARPS)
         cute.arch.mbarrier_init_fence()
-        if may_proceed(g, flag):
+        if may_proceed(g, reached):
             # What peers stored in the generic proxy is read by bulk copies, in the async proxy.
             cute.arch.fence_proxy("async.global")
             if warp < ADDERS:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Boolean, Int32, Int64
 from cutlass.memory import SmemAllocator
 
 from ...cute_kernels.jit import Program
@@ -66,9 +66,10 @@ class CombineSend:
         ctas, _, _ = cute.arch.grid_dim()
         flag = SmemAllocator().allocate(self.Smem).flag.data_ptr()
         epoch = read_epoch(g, "combine")
+        reached = Boolean(True)
         if tid < g.ranks:
-            wait_flag(g, g.own + COMBINE_ACK + tid * LINE, epoch - 1, tid, PHASE["combine_ack"])
-        if may_proceed(g, flag):
+            reached = wait_flag(g, g.own + COMBINE_ACK + tid * LINE, epoch - 1, tid, PHASE["combine_ack"])
+        if may_proceed(g, reached):
             rows = ld_i32(a.matrix + Int64((g.ranks - 1) * g.ranks + g.rank) * 4)
             thread, threads = cta * SEND_THREADS + tid, ctas * SEND_THREADS
             if a.y != 0:

@@ -109,3 +109,13 @@ def ll_teams(tokens: int, num_sms: int, record_bytes: int) -> tuple[int, int]:
 
 LL_RINGS = 8  # warps of a combine_send CTA
 LL_RING_BYTES = 24576
+
+
+def ll_record_bytes(row_bytes: int, scale_words: int) -> int:
+    """A record's data in the shared memory of a dispatch_receive CTA."""
+    return row_bytes + round_up(4 * scale_words, VECTOR)
+
+
+def ll_copy_warps(row_bytes: int, scale_words: int) -> int:
+    """Warps of a dispatch_receive CTA that have a record's data in shared memory, each its own."""
+    return min(LL_COPY_WARPS, LL_COPY_BYTES // ll_record_bytes(row_bytes, scale_words))

@@ -11,14 +11,23 @@ from dataclasses import dataclass
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64
 from cutlass.memory import SmemAllocator
 
 from ...cute_kernels.jit import Program
 from ...cute_kernels.sm90 import ptx
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from .config import LL_REDUCE_WARPS
-from .ll_verbs import ACK, READY, finish, line, mask_of, slot_of
+from .ll_verbs import (
+    ACK,
+    READY,
+    base_of,
+    finish,
+    line,
+    mask_of,
+    slot_of,
+    start_next_kernel,
+)
 from .verbs import (
     PHASE,
     Group,
@@ -67,7 +76,9 @@ class LlCombineReceive:
 
     @cute.jit
     def __call__(self, g: Group, args: LlCombineReceiveArgs, stream: cuda.CUstream):
-        self.kernel(g, args).launch(grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)
+        self.kernel(g, args).launch(
+            grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True
+        )
 
     @cute.kernel
     def kernel(self, g: Group, a: LlCombineReceiveArgs):
@@ -76,19 +87,23 @@ class LlCombineReceive:
         ctas, _, _ = cute.arch.grid_dim()
         warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
         flag = SmemAllocator().allocate(self.Smem).flag.data_ptr()
-        epoch, mask = ld_i32(a.epoch), mask_of(g, a.elastic)
+        cute.arch.griddepcontrol_wait()
+        epoch, mask, base = ld_i32(a.epoch), mask_of(g, a.elastic), base_of(g, tid)
+        reached = Boolean(True)
         if tid < g.ranks:
             start = cute.arch.globaltimer()
-            wait_flag(g, g.own + line(READY, epoch, tid), epoch, tid, PHASE["ll_ready"], mask)
+            reached = wait_flag(g, g.own + line(READY, epoch, tid), epoch, tid, PHASE["ll_ready"], mask)
             if (cta == 0) & (a.wait_stats != 0):
                 place = a.wait_stats + Int64(tid) * 8
                 st_i64(place, ld_i64(place) + (cute.arch.globaltimer() - start))
-        if may_proceed(g, flag):
+        go = may_proceed(g, reached)
+        if go:
+            start_next_kernel()
             pieces = (a.hidden + 255) // 256
             memory = g.own + a.data_offset + Int64(slot_of(epoch)) * a.slot_bytes
             for i in cutlass.range(warp * ctas + cta, a.tokens * pieces, LL_REDUCE_WARPS * ctas, unroll=1):
                 self.reduce(g, a, memory, mask, i // pieces, i % pieces * 256 + lane * 8, lane)
-        finish(g, ACK, "combine_receive", epoch, mask, False, flag)
+        finish(g, ACK, "combine_receive", epoch, mask, False, go, base, flag)
 
     @cute.jit
     def reduce(
@@ -146,5 +161,6 @@ def program(config) -> Program:
         args=(fake_args(Group), fake_args(LlCombineReceiveArgs), cuda.CUstream(0)),
         threads=THREADS,
         smem_bytes=kernel.Smem.size_in_bytes(),
+        pdl=True,
         params=param_kinds(Group) + param_kinds(LlCombineReceiveArgs),
     )

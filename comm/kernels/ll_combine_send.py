@@ -2,8 +2,8 @@
 
     place = slot of the epoch, row {token, choice} there, as send_slot of the dispatch says
 
-Grid (g, 1, 1), 256 threads. Each warp's first lane keeps a ring of pieces in flight (ring.py), straight from the caller's
-tensor. The last CTA to be done sends `ready`.
+Grid (g, 1, 1), 256 threads. Each warp's first lane keeps a ring of pieces in flight (ring.py), straight from the
+caller's tensor. The last CTA to be done sends `ready`.
 """
 
 from dataclasses import dataclass
@@ -11,17 +11,27 @@ from dataclasses import dataclass
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Uint8
+from cutlass import Boolean, Int32, Int64, Uint8
 from cutlass.memory import SmemAllocator
 
 from ...cute_kernels.jit import Program
 from ...cute_kernels.sm90.args import fake_args, param_kinds
-from ..config import MAX_LOCAL_EXPERTS
+from ..config import MAX_LOCAL_EXPERTS, MAX_RANKS
 from ..ll_config import SLOTS
 from .config import LL_RING_BYTES, LL_RINGS, MAX_STAGES
-from .ll_verbs import ACK, READY, finish, line, mask_of, next_epoch, slot_of
+from .ll_verbs import (
+    ACK,
+    READY,
+    base_of,
+    finish,
+    line,
+    mask_of,
+    next_epoch,
+    slot_of,
+    start_next_kernel,
+)
 from .ring import EMPTY, drain, make_ring, move_row
-from .verbs import PHASE, Group, is_masked, ld_i32, may_proceed, peer_base, st_i32, wait_flag
+from .verbs import PHASE, Group, is_masked, ld_i32, may_proceed, st_i32, wait_flag
 
 THREADS = 32 * LL_RINGS
 
@@ -49,18 +59,21 @@ class LlCombineSend:
     def __init__(self):
         @cute.struct
         class Smem:
-            ring: cute.struct.Align[cute.struct.MemRange[Uint8, LL_RINGS * LL_RING_BYTES], 128]
             full: cute.struct.MemRange[Int64, LL_RINGS * MAX_STAGES]
             targets: cute.struct.MemRange[Int64, LL_RINGS * MAX_STAGES]
             sizes: cute.struct.MemRange[Int32, LL_RINGS * MAX_STAGES]
             ends: cute.struct.MemRange[Int32, MAX_LOCAL_EXPERTS]  # rows of this expert and all before it
+            bases: cute.struct.MemRange[Int64, MAX_RANKS]
             flag: cute.struct.MemRange[Int32, 4]
+            ring: cute.struct.Align[cute.struct.MemRange[Uint8, LL_RINGS * LL_RING_BYTES], 128]
 
         self.Smem = Smem
 
     @cute.jit
     def __call__(self, g: Group, args: LlCombineSendArgs, stream: cuda.CUstream):
-        self.kernel(g, args).launch(grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)
+        self.kernel(g, args).launch(
+            grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True
+        )
 
     @cute.kernel
     def kernel(self, g: Group, a: LlCombineSendArgs):
@@ -69,21 +82,28 @@ class LlCombineSend:
         warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
         sm = SmemAllocator().allocate(self.Smem)
         flag = sm.flag.data_ptr()
-        epoch, mask = next_epoch(g), mask_of(g, a.elastic)
+        cute.arch.griddepcontrol_wait()
+        epoch, mask, base = next_epoch(g), mask_of(g, a.elastic), base_of(g, tid)
+        bases = sm.bases.get_tensor(cute.make_layout(MAX_RANKS))
+        if tid < g.ranks:
+            bases[tid] = base
         if (cta == 0) & (tid == 0):
             st_i32(a.epoch, epoch)
         if tid < LL_RINGS * MAX_STAGES:
             cute.arch.mbarrier_init(sm.full.data_ptr() + tid, 1)
         cute.arch.mbarrier_init_fence()
+        reached = Boolean(True)
         if warp == 0:
             self.add_counts(a, sm, lane)
         elif tid - 32 < g.ranks:
             peer = tid - 32
-            wait_flag(g, g.own + line(ACK, epoch, peer), epoch - SLOTS, peer, PHASE["ll_ack"], mask)
-        if may_proceed(g, flag):
+            reached = wait_flag(g, g.own + line(ACK, epoch, peer), epoch - SLOTS, peer, PHASE["ll_ack"], mask)
+        go = may_proceed(g, reached)
+        if go:
+            start_next_kernel()
             if lane == 0:
                 self.push_rows(g, a, sm, epoch, mask, warp)
-        finish(g, READY, "combine_send", epoch, mask, True, flag)
+        finish(g, READY, "combine_send", epoch, mask, True, go, base, flag)
 
     @cute.jit
     def add_counts(self, a: LlCombineSendArgs, sm, lane: Int32):
@@ -121,7 +141,9 @@ class LlCombineSend:
             place = ld_i32(a.send_slot + row * 4)
             home = place // choices
             if not is_masked(mask, home):
-                target = peer_base(g, home) + slot + Int64(place % choices) * a.row_bytes
+                target = (
+                    sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[home] + slot + Int64(place % choices) * a.row_bytes
+                )
                 held, into, oldest, phase = move_row(
                     ring, a.y + row * a.row_bytes, target, a.row_bytes, held, into, oldest, phase
                 )
@@ -137,5 +159,6 @@ def program(config) -> Program:
         args=(fake_args(Group), fake_args(LlCombineSendArgs), cuda.CUstream(0)),
         threads=THREADS,
         smem_bytes=kernel.Smem.size_in_bytes(),
+        pdl=True,
         params=param_kinds(Group) + param_kinds(LlCombineSendArgs),
     )

@@ -4,8 +4,8 @@
     base[e, s] = rows of expert e from sources before s
 
 Grid (g, 1, 1), 512 threads. Every CTA waits for the counts, which arrive by themselves, adds them up and waits for the
-data; then each warp takes records: one bulk load into shared memory, one bulk store per choice, scales column by column.
-CTA 0 writes the counts. The last CTA to be done acknowledges to all peers.
+data; then each warp takes records: one bulk load into shared memory, one bulk store per choice, scales column by
+column. CTA 0 writes the counts. The last CTA to be done acknowledges to all peers.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Uint8
+from cutlass import Boolean, Int32, Int64, Uint8
 from cutlass.experimental import primitives as prims
 from cutlass.memory import SmemAllocator
 
@@ -21,7 +21,17 @@ from ...cute_kernels.jit import Program
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import MAX_RANKS
 from .config import LL_COPY_BYTES, LL_COPY_WARPS, MAX_EXPERTS
-from .ll_verbs import ACK, COUNTS, READY, finish, line, mask_of, slot_of
+from .ll_verbs import (
+    ACK,
+    COUNTS,
+    READY,
+    base_of,
+    finish,
+    line,
+    mask_of,
+    slot_of,
+    start_next_kernel,
+)
 from .verbs import (
     GMEM,
     PHASE,
@@ -36,6 +46,7 @@ from .verbs import (
 )
 
 THREADS = 32 * LL_COPY_WARPS
+COUNT_THREADS = THREADS - 32
 
 
 @dataclass(frozen=True)
@@ -70,65 +81,77 @@ class LlDispatchReceive:
     def __init__(self):
         @cute.struct
         class Smem:
-            rows: cute.struct.Align[cute.struct.MemRange[Uint8, LL_COPY_BYTES], 128]
             firsts: cute.struct.MemRange[Int32, MAX_EXPERTS]  # (expert, source): rows, then first row
             records: cute.struct.MemRange[Int32, MAX_RANKS]  # of each source
             full: cute.struct.MemRange[Int64, LL_COPY_WARPS]
             flag: cute.struct.MemRange[Int32, 4]
+            rows: cute.struct.Align[cute.struct.MemRange[Uint8, LL_COPY_BYTES], 128]  # last: a launch may have less
 
         self.Smem = Smem
 
     @cute.jit
     def __call__(self, g: Group, args: LlDispatchReceiveArgs, stream: cuda.CUstream):
-        self.kernel(g, args).launch(grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)
+        self.kernel(g, args).launch(
+            grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True
+        )
 
     @cute.kernel
     def kernel(self, g: Group, a: LlDispatchReceiveArgs):
         tid, _, _ = cute.arch.thread_idx()
-        cta, _, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
         sm = SmemAllocator().allocate(self.Smem)
         flag = sm.flag.data_ptr()
-        epoch, mask = ld_i32(a.epoch), mask_of(g, a.elastic)
+        cute.arch.griddepcontrol_wait()
+        epoch, mask, base = ld_i32(a.epoch), mask_of(g, a.elastic), base_of(g, tid)
         if tid < LL_COPY_WARPS:
             cute.arch.mbarrier_init(sm.full.data_ptr() + tid, 1)
         cute.arch.mbarrier_init_fence()
-        self.wait(g, a, sm, epoch, mask)
-        if may_proceed(g, flag):
+        go = self.wait(g, a, sm, epoch, mask)
+        if go:
+            start_next_kernel()
             # Peers pushed in the async proxy, and their flags were acquired in the generic one.
             cute.arch.fence_proxy("async.global")
             self.number_rows(g, a, sm)
             cute.arch.sync_threads()
             if warp < a.warps:
                 self.copy_records(g, a, sm, epoch, warp, lane)
-        finish(g, ACK, "dispatch_receive", epoch, mask, False, flag)
+        finish(g, ACK, "dispatch_receive", epoch, mask, False, go, base, flag)
 
     @cute.jit
     def wait(self, g: Group, a: LlDispatchReceiveArgs, sm, epoch: Int32, mask: Int64):
-        """Counts into shared memory, then the data. A source that is left out has sent nothing."""
+        """Counts into shared memory, and the data. False: it did not come. A source that is left out sends nothing."""
         tid, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         rows = sm.firsts.get_tensor(cute.make_layout(MAX_EXPERTS))
         records = sm.records.get_tensor(cute.make_layout(MAX_RANKS))
         words = 1 + a.experts_per_rank
         start = cute.arch.globaltimer()
-        for i in cutlass.range(tid, g.ranks * words, THREADS, unroll=1):
-            source, word = i // words, i % words
-            at = Int64(slot_of(epoch) * g.ranks + source) * a.counts_bytes + COUNTS + word * 8
-            count = wait_count(g, g.own + at, epoch, source, PHASE["ll_counts"], mask)
-            if word == 0:
-                records[source] = count
-            else:
-                rows[(word - 1) * g.ranks + source] = count
-        cute.arch.sync_threads()
-        if tid < g.ranks:
-            if not wait_flag(g, g.own + line(READY, epoch, tid), epoch, tid, PHASE["ll_ready"], mask):
-                records[tid] = Int32(0)
+        reached = Boolean(True)
+        if tid >= COUNT_THREADS:  # the last warp waits for the data meanwhile
+            source = tid - COUNT_THREADS
+            if source < g.ranks:
+                reached = wait_flag(g, g.own + line(READY, epoch, source), epoch, source, PHASE["ll_ready"], mask)
+                if (cta == 0) & (a.wait_stats != 0):
+                    place = a.wait_stats + Int64(source) * 8
+                    st_i64(place, ld_i64(place) + (cute.arch.globaltimer() - start))
+        else:
+            for i in cutlass.range(tid, g.ranks * words, COUNT_THREADS, unroll=1):
+                source, word = i // words, i % words
+                at = Int64(slot_of(epoch) * g.ranks + source) * a.counts_bytes + COUNTS + word * 8
+                count = wait_count(g, g.own + at, epoch, source, PHASE["ll_counts"], mask)
+                if word == 0:
+                    records[source] = count
+                else:
+                    rows[(word - 1) * g.ranks + source] = count
+        go = may_proceed(g, reached)
+        if a.elastic != 0:
+            if not reached:
+                source = tid - COUNT_THREADS
+                records[source] = Int32(0)
                 for expert in cutlass.range(a.experts_per_rank, unroll=1):
-                    rows[expert * g.ranks + tid] = Int32(0)
-            if (cta == 0) & (a.wait_stats != 0):
-                place = a.wait_stats + Int64(tid) * 8
-                st_i64(place, ld_i64(place) + (cute.arch.globaltimer() - start))
+                    rows[expert * g.ranks + source] = Int32(0)
+            cute.arch.sync_threads()
+        return go
 
     @cute.jit
     def number_rows(self, g: Group, a: LlDispatchReceiveArgs, sm):
@@ -186,9 +209,7 @@ class LlDispatchReceive:
                     cute.make_ptr(Uint8, a.x + Int64(row) * a.row_bytes, GMEM, assumed_align=16), place, a.row_bytes
                 )
                 st_i32(a.src_info + Int64(row) * 4, token)
-                st_i32(
-                    a.send_slot + Int64(row) * 4, (source * a.max_tokens + token) * a.max_topk + lane
-                )
+                st_i32(a.send_slot + Int64(row) * 4, (source * a.max_tokens + token) * a.max_topk + lane)
             cute.arch.cp_async_bulk_commit_group()
             if a.scale_words != 0:
                 self.copy_scales(g, a, place + a.row_bytes, row, lane)
@@ -227,5 +248,6 @@ def program(config) -> Program:
         args=(fake_args(Group), fake_args(LlDispatchReceiveArgs), cuda.CUstream(0)),
         threads=THREADS,
         smem_bytes=kernel.Smem.size_in_bytes(),
+        pdl=True,
         params=param_kinds(Group) + param_kinds(LlDispatchReceiveArgs),
     )

@@ -8,9 +8,9 @@ Grid (g, 1, 1), 640 threads. In rounds, a token per team:
     16 token warps  in teams of 2 to 16: bf16 columns to e4m3 with a scale per 128 columns (or the columns as they are)
     4 index warps   expert ids into shared memory; in CTA 0, counts to all peers; then the heads of the round's tokens
 
-then one warp of each team stores its record to the peers, a lane per rank. Rows of an expert are numbered by source rank
-and token, so the receiver puts them in an order that does not depend on timing. Bound by latency, for many tokens
-by pushing. The last CTA to be done sends `ready`.
+then one warp of each team stores its record to the peers, a lane per rank. Rows of an expert are numbered by source
+rank and token, so the receiver puts them in an order that does not depend on timing. Bound by latency, for many
+tokens by pushing. The last CTA to be done sends `ready`.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint8
+from cutlass import Boolean, Float32, Int32, Int64, Uint8
 from cutlass.experimental import primitives as prims
 from cutlass.memory import SmemAllocator
 
@@ -28,7 +28,18 @@ from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import MAX_RANKS
 from ..ll_config import MAX_TOPK, SLOTS
 from .config import LL_IDS, LL_INDEX_WARPS, LL_MAX_TEAMS, LL_STAGE_BYTES, LL_TOKEN_WARPS, MAX_EXPERTS
-from .ll_verbs import ACK, COUNTS, READY, finish, line, mask_of, next_epoch, slot_of
+from .ll_verbs import (
+    ACK,
+    COUNTS,
+    READY,
+    base_of,
+    finish,
+    line,
+    mask_of,
+    next_epoch,
+    slot_of,
+    start_next_kernel,
+)
 from .verbs import (
     GMEM,
     PHASE,
@@ -37,7 +48,6 @@ from .verbs import (
     ld_i32,
     ld_vector,
     may_proceed,
-    peer_base,
     send_count,
     st_i32,
     wait_flag,
@@ -80,18 +90,23 @@ class LlDispatchSend:
     def __init__(self):
         @cute.struct
         class Smem:
-            records: cute.struct.Align[cute.struct.MemRange[Uint8, LL_STAGE_BYTES], 128]
             ids: cute.struct.MemRange[Int32, LL_IDS]
-            counters: cute.struct.MemRange[Int32, MAX_EXPERTS + MAX_RANKS]  # CTA 0: choices of experts, tokens for ranks
+            counters: cute.struct.MemRange[
+                Int32, MAX_EXPERTS + MAX_RANKS
+            ]  # CTA 0: choices of experts, tokens for ranks
             heads: cute.struct.MemRange[Int32, LL_MAX_TEAMS * HEAD_WORDS]
             index: cute.struct.MemRange[Int32, LL_MAX_TEAMS * MAX_RANKS]  # of the team's token at each rank, or -1
+            bases: cute.struct.MemRange[Int64, MAX_RANKS]
             flag: cute.struct.MemRange[Int32, 4]
+            records: cute.struct.Align[cute.struct.MemRange[Uint8, LL_STAGE_BYTES], 128]  # last: a launch may have less
 
         self.Smem = Smem
 
     @cute.jit
     def __call__(self, g: Group, args: LlDispatchSendArgs, stream: cuda.CUstream):
-        self.kernel(g, args).launch(grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)
+        self.kernel(g, args).launch(
+            grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True
+        )
 
     @cute.kernel
     def kernel(self, g: Group, a: LlDispatchSendArgs):
@@ -101,33 +116,48 @@ class LlDispatchSend:
         warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
         sm = SmemAllocator().allocate(self.Smem)
         flag = sm.flag.data_ptr()
-        epoch, mask = next_epoch(g), mask_of(g, a.elastic)
+        cute.arch.griddepcontrol_wait()
+        epoch, mask, base = next_epoch(g), mask_of(g, a.elastic), base_of(g, tid)
+        bases = sm.bases.get_tensor(cute.make_layout(MAX_RANKS))
+        if tid < g.ranks:
+            bases[tid] = base
         if (cta == 0) & (tid == 0):
             st_i32(a.epoch, epoch)
-        if tid < g.ranks:
-            wait_flag(g, g.own + line(ACK, epoch, tid), epoch - SLOTS, tid, PHASE["ll_ack"], mask)
-        if may_proceed(g, flag):
+        go = Boolean(True)
+        if warp >= LL_TOKEN_WARPS:
+            go = self.index_begin(g, a, sm, epoch, mask, tid - TOKEN_THREADS)
+        # Packing touches no peer, so it does not wait for them; the barrier before the first push does.
+        rounds = (a.tokens + ctas * a.teams - 1) // (ctas * a.teams)
+        for r in cutlass.range(rounds, unroll=1):
+            first = r * a.teams * ctas + cta  # token of team 0; the next team's is `ctas` further
             if warp >= LL_TOKEN_WARPS:
-                self.load_ids(a, sm, tid - TOKEN_THREADS)
-                if cta == 0:
-                    self.send_counts(g, a, sm, epoch, mask, tid - TOKEN_THREADS)
-            rounds = (a.tokens + ctas * a.teams - 1) // (ctas * a.teams)
-            for r in cutlass.range(rounds, unroll=1):
-                first = r * a.teams * ctas + cta  # token of team 0; the next team's is `ctas` further
-                if warp >= LL_TOKEN_WARPS:
-                    for team in cutlass.range(warp - LL_TOKEN_WARPS, a.teams, LL_INDEX_WARPS, unroll=1):
-                        if first + team * ctas < a.tokens:
-                            self.make_head(g, a, sm, first + team * ctas, team, lane)
-                else:
-                    self.pack(a, sm, warp, lane, first, ctas)
-                cute.arch.fence_view_async_shared()
-                cute.arch.sync_threads()
-                if warp < a.teams:
-                    if first + warp * ctas < a.tokens:
-                        self.push(g, a, sm, epoch, mask, warp, lane)
-                cute.arch.sync_threads()
-            cute.arch.cp_async_bulk_wait_group(0)
-        finish(g, READY, "dispatch_send", epoch, mask, True, flag)
+                for team in cutlass.range(warp - LL_TOKEN_WARPS, a.teams, LL_INDEX_WARPS, unroll=1):
+                    if first + team * ctas < a.tokens:
+                        self.make_head(g, a, sm, first + team * ctas, team, lane)
+            else:
+                self.pack(a, sm, warp, lane, first, ctas)
+            cute.arch.fence_view_async_shared()
+            go = may_proceed(g, go)
+            if go & (warp < a.teams):
+                if first + warp * ctas < a.tokens:
+                    self.push(g, a, sm, epoch, mask, warp, lane)
+            cute.arch.sync_threads()
+        start_next_kernel()
+        cute.arch.cp_async_bulk_wait_group(0)
+        finish(g, READY, "dispatch_send", epoch, mask, True, may_proceed(g, go), base, flag)
+
+    @cute.jit
+    def index_begin(self, g: Group, a: LlDispatchSendArgs, sm, epoch: Int32, mask: Int64, thread: Int32):
+        """What the index warps do before the first round. False if a peer's acknowledgement did not come."""
+        cta, _, _ = cute.arch.block_idx()
+        self.load_ids(a, sm, thread)
+        reached = Boolean(True)
+        if thread < g.ranks:
+            reached = wait_flag(g, g.own + line(ACK, epoch, thread), epoch - SLOTS, thread, PHASE["ll_ack"], mask)
+        go = may_proceed(g, reached, INDEX_BARRIER, INDEX_THREADS)
+        if go & (cta == 0):
+            self.send_counts(g, a, sm, epoch, mask, thread)
+        return go
 
     @cute.jit
     def id_of(self, a: LlDispatchSendArgs, i: Int32):
@@ -145,7 +175,6 @@ class LlDispatchSend:
         choices = choices if choices < LL_IDS else Int32(LL_IDS)
         for i in cutlass.range(thread, choices, INDEX_THREADS, unroll=4):
             ids[i] = self.id_of(a, i)
-        cute.arch.barrier(barrier_id=INDEX_BARRIER, number_of_threads=INDEX_THREADS)
 
     @cute.jit
     def get_id(self, a: LlDispatchSendArgs, sm, i: Int32):
@@ -176,7 +205,11 @@ class LlDispatchSend:
             if i < a.experts:
                 rank, word = i // a.experts_per_rank, 1 + i % a.experts_per_rank
             if not is_masked(mask, rank):
-                send_count(peer_base(g, rank) + mine + word * 8, epoch, cute.arch.load(counters + i, Int32))
+                send_count(
+                    sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[rank] + mine + word * 8,
+                    epoch,
+                    cute.arch.load(counters + i, Int32),
+                )
 
     @cute.jit
     def make_head(self, g: Group, a: LlDispatchSendArgs, sm, token: Int32, team: Int32, lane: Int32):
@@ -252,9 +285,9 @@ class LlDispatchSend:
         amax = Float32(FP8_MIN_AMAX)
         for i in cutlass.range_constexpr(8):
             amax = cute.arch.fmax(amax, ptx.abs_f32(values[i]))
-        group = Int32(-1) if column - lane * 8 + 256 <= a.hidden else Int32(0xFFFF)
+        lanes = Int32(-1) if column - lane * 8 + 256 <= a.hidden else Int32(0xFFFF)
         for i in cutlass.range_constexpr(4):
-            amax = cute.arch.fmax(amax, cute.arch.shuffle_sync_bfly(amax, offset=1 << i, mask=group))
+            amax = cute.arch.fmax(amax, cute.arch.shuffle_sync_bfly(amax, offset=1 << i, mask=lanes))
         scale, inverse = ptx.div_rn(amax, Float32(FP8_MAX)), ptx.div_rn(Float32(FP8_MAX), amax)
         exponent = Int32(0)
         if a.format != F32_SCALES:
@@ -270,6 +303,9 @@ class LlDispatchSend:
             place = record + a.hidden
             if a.format == UE8M0_SCALES:
                 cute.arch.store(place + column // 128, Uint8(exponent))
+                if column + 128 == a.hidden:  # the rest of the last word
+                    for group in cutlass.range(column // 128 + 1, (a.hidden + 511) // 512 * 4, unroll=1):
+                        cute.arch.store(place + group, Uint8(0))
             else:
                 cute.arch.store(cute.recast_ptr(place + column // 128 * 4, dtype=Int32), scale.bitcast(Int32))
 
@@ -293,7 +329,12 @@ class LlDispatchSend:
                         size = a.head_bytes + (a.hidden + words_of_scales * 4 + 15) // 16 * 16
                     at = Int64(slot_of(epoch)) * a.slot_bytes + Int64(g.rank * a.max_tokens + index) * a.record_bytes
                     prims.cp_async_bulk_global_shared_cta(
-                        cute.make_ptr(Uint8, peer_base(g, lane) + a.data_offset + at, GMEM, assumed_align=16),
+                        cute.make_ptr(
+                            Uint8,
+                            sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[lane] + a.data_offset + at,
+                            GMEM,
+                            assumed_align=16,
+                        ),
                         record,
                         size,
                     )
@@ -310,5 +351,6 @@ def program(config) -> Program:
         args=(fake_args(Group), fake_args(LlDispatchSendArgs), cuda.CUstream(0)),
         threads=THREADS,
         smem_bytes=kernel.Smem.size_in_bytes(),
+        pdl=True,
         params=param_kinds(Group) + param_kinds(LlDispatchSendArgs),
     )

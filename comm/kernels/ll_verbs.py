@@ -1,11 +1,11 @@
 """What the low-latency kernels share: places in the memory, and the end of an operation."""
 
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Int64
 
 from ..config import LINE, MAX_RANKS
 from ..ll_config import LL_KERNELS, SLOTS, LlConfig, LlLayout
-from .verbs import GMEM, Group, aborted, is_masked, last_to_arrive, ld_i32, peer_base
+from .verbs import Group, aborted, is_masked, last_to_arrive, ld_i32, peer_base, set_flag, st_i32
 
 _ANY = LlLayout(LlConfig(ranks=1, hidden=128, max_tokens=1, num_experts=1, max_topk=1))
 READY = _ANY.ready.offset
@@ -35,25 +35,41 @@ def mask_of(g: Group, elastic):
 
 
 @cute.jit
-def finish(g: Group, region: int, kernel: str, epoch, mask, counts_epoch: bool, shared: cute.Pointer):
+def finish(g: Group, region: int, kernel: str, epoch, mask, counts_epoch: bool, go, base, shared: cute.Pointer):
     """End of a kernel, by all its threads: the last CTA sets my flag at every peer.
 
     region: READY of a send kernel, ACK of a receive kernel. counts_epoch: whether the operation counts here.
+    go: whether this CTA did its work. base: in thread r, base of rank r's memory, read early: a trip to L2.
     """
     tid, _, _ = cute.arch.thread_idx()
+    ctas, _, _ = cute.arch.grid_dim()
     if last_to_arrive(g, ARRIVALS[kernel], shared):
-        if not aborted(g):
+        if (not aborted(g)) if ctas > 1 else go:
             if tid < g.ranks:
                 if not is_masked(mask, tid):
-                    flag = cute.make_ptr(
-                        Int32, peer_base(g, tid) + line(region, epoch, g.rank), GMEM, assumed_align=4
-                    )
-                    cute.arch.fence_acq_rel_sys()
-                    cute.arch.store(flag, epoch, sem="release", scope="sys")
+                    set_flag(base + line(region, epoch, g.rank), epoch)
             if counts_epoch:
                 if tid == 0:
-                    cute.arch.store(cute.make_ptr(Int32, g.own + EPOCH, GMEM, assumed_align=4), epoch)
+                    st_i32(g.own + EPOCH, epoch)
+
+
+@cute.jit
+def base_of(g: Group, thread):
+    """In thread r, base of rank r's memory."""
+    base = Int64(0)
+    if thread < g.ranks:
+        base = peer_base(g, thread)
+    return base
 
 
 def next_epoch(g: Group):
     return ld_i32(g.own + EPOCH) + 1
+
+
+def start_next_kernel():
+    """The next kernel's CTAs may come to the SMs now; they wait for the end of this one.
+
+    Not before the waits for peers are over: CTAs that hold an SM and wait behind a kernel that waits for a peer could
+    keep that peer's kernels from running, where ranks share a GPU.
+    """
+    cute.arch.griddepcontrol_launch_dependents()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Uint8
+from cutlass import Boolean, Int32, Int64, Uint8
 from cutlass.memory import SmemAllocator
 
 from ...cute_kernels.jit import Program
@@ -109,9 +109,10 @@ class Receive:
         begins = sm.begins.get_tensor(cute.make_layout(MAX_RANKS))
         counts = sm.counts.get_tensor(cute.make_layout(MAX_RANKS))
         epoch = read_epoch(g, "dispatch")
+        reached = Boolean(True)
         if tid < g.ranks:
             peers[tid] = peer_base(g, tid)
-            wait_flag(g, g.own + DISPATCH_READY + tid * LINE, epoch, tid, PHASE["dispatch_ready"])
+            reached = wait_flag(g, g.own + DISPATCH_READY + tid * LINE, epoch, tid, PHASE["dispatch_ready"])
             # after the wait: a call that was given up may have left no matrix
             end = ld_i32(a.matrix + Int64(tid * g.ranks + g.rank) * 4)
             begin = Int32(0)
@@ -121,7 +122,7 @@ class Receive:
         if tid < MOVERS * MAX_STAGES:
             cute.arch.mbarrier_init(sm.full.data_ptr() + tid, 1)
         cute.arch.mbarrier_init_fence()
-        if may_proceed(g, flag):
+        if may_proceed(g, reached):
             # What peers stored in the generic proxy is read by bulk copies, in the async proxy.
             cute.arch.fence_proxy("async.global")
             longest, total = Int32(0), Int32(0)
@@ -181,9 +182,7 @@ class Receive:
                 out = a.x + Int64(begins[source] + first) * a.row_bytes
                 for row in cutlass.range(rows, unroll=1):
                     begin = x + Int64(sources[warp * CHUNK + row]) * a.row_bytes
-                    held, into, oldest, phase = move_row(
-                        ring, begin, out, a.row_bytes, held, into, oldest, phase
-                    )
+                    held, into, oldest, phase = move_row(ring, begin, out, a.row_bytes, held, into, oldest, phase)
                     out += a.row_bytes
             cute.arch.sync_warp()
         if lane == 0:

@@ -1,7 +1,7 @@
 """A ring of pieces of rows in flight: bulk load from global memory, a peer's or mine, bulk store to global memory.
 
-One thread drives a ring, since bulk copies are waited for by the thread that issued them. A stage is stored as soon as it
-has landed and all others hold loads; it is loaded again once that store has read it.
+One thread drives a ring, since bulk copies are waited for by the thread that issued them. A stage is stored as soon as
+it has landed and all others hold loads; it is loaded again once that store has read it.
 """
 
 from dataclasses import dataclass

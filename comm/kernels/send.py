@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Boolean, Int32, Int64
 from cutlass.memory import SmemAllocator
 
 from ...cute_kernels.jit import Program
@@ -110,9 +110,10 @@ class Send:
         sm = SmemAllocator().allocate(self.Smem)
         flag = sm.flag.data_ptr()
         epoch = read_epoch(g, "dispatch")
+        reached = Boolean(True)
         if tid < g.ranks:
-            wait_flag(g, g.own + DISPATCH_ACK + tid * LINE, epoch - 1, tid, PHASE["dispatch_ack"])
-        go = may_proceed(g, flag)
+            reached = wait_flag(g, g.own + DISPATCH_ACK + tid * LINE, epoch - 1, tid, PHASE["dispatch_ack"])
+        go = may_proceed(g, reached)
         if go:
             helpers = ctas - 1 if (a.lists != 0) & (ctas > 1) else ctas
             first = cta - 1 if (a.lists != 0) & (ctas > 1) else cta

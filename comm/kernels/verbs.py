@@ -109,6 +109,9 @@ def report(g: Group, peer, phase: int, expected, got, waited_ns):
         cute.arch.store(raised, Int64(1), sem="release", scope="sys")
 
 
+NO_MASK = Int64(0)
+
+
 @cute.jit
 def expired(g: Group, peer, phase, expected, got, waited_ns, mask):
     """A wait is over its deadline: leave the peer out from now on if there is a mask, else give up."""
@@ -128,27 +131,28 @@ def is_masked(mask, peer):
 
 
 @cute.jit
-def wait_flag(g: Group, address, epoch, peer, phase, mask=Int64(0)):
+def wait_flag(g: Group, address, epoch, peer, phase, mask=NO_MASK):
     """Wait until the flag in my memory has reached `epoch`; orders what the peer wrote before it set the flag.
 
-    mask: address of int32 (ranks,) if peers may be left out. Returns whether the flag was reached.
+    mask: address of int32 (ranks,) if peers may be left out. Returns whether the flag was reached, and no earlier wait
+    of this rank had expired.
     """
     flag = cute.make_ptr(Int32, address, GMEM, assumed_align=4)
-    seen = cute.arch.load(flag, Int32, sem="relaxed", scope="sys")
+    seen = cute.arch.load(flag, Int32, sem="acquire", scope="sys")
     start, waited = cute.arch.globaltimer(), Int64(0)
-    stop = aborted(g) | is_masked(mask, peer)
+    given_up = aborted(g)
+    stop = given_up | is_masked(mask, peer)
     while (seen - epoch < 0) & (not stop):
-        seen = cute.arch.load(flag, Int32, sem="relaxed", scope="sys")
+        seen = cute.arch.load(flag, Int32, sem="acquire", scope="sys")
         waited = cute.arch.globaltimer() - start
         if waited > g.timeout_ns:
             stop = Boolean(True)
             expired(g, peer, phase, epoch, seen, waited, mask)
-    cute.arch.fence_acq_rel_sys()
-    return seen - epoch >= 0
+    return (seen - epoch >= 0) & (not given_up)
 
 
 @cute.jit
-def wait_count(g: Group, address, epoch, peer, phase, mask=Int64(0)):
+def wait_count(g: Group, address, epoch, peer, phase, mask=NO_MASK):
     """Wait for a count word of `epoch` in my memory and return the count; 0 if it does not come."""
     pointer = cute.make_ptr(Int64, address, GMEM, assumed_align=8)
     word = cute.arch.load(pointer, Int64, sem="relaxed", scope="sys")
@@ -176,23 +180,27 @@ def send_count(address, epoch, count):
 def last_to_arrive(g: Group, arrivals: int, shared: cute.Pointer):
     """True in all threads of the last CTA of a grid to come here; all threads of every CTA call it once, at its end.
 
-    What any thread of the grid did before is then visible to whoever acquires a flag that this CTA releases. The
-    counter is zero again afterwards. arrivals: its offset in my memory. shared: one Int32 of shared memory.
+    What any thread of the grid did before is then ordered before what this CTA does, at system scope: its flags may be
+    relaxed stores. The counter is zero again afterwards. arrivals: its offset in my memory. shared: one Int32 of shared
+    memory.
     """
     tid, _, _ = cute.arch.thread_idx()
     ctas, _, _ = cute.arch.grid_dim()
     cute.arch.fence_acq_rel_sys()
     cute.arch.sync_threads()
-    if tid == 0:
-        counter = cute.make_ptr(Int32, g.own + arrivals, GMEM, assumed_align=4)
-        before = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
-        last = Int32(0)
-        if before == ctas - 1:
-            last = Int32(1)
-            cute.arch.store(counter, Int32(0), sem="relaxed", scope="gpu")
-        cute.arch.store(shared, last)
-    cute.arch.sync_threads()
-    return cute.arch.load(shared, Int32) != 0
+    last = Int32(1)
+    if ctas > 1:
+        if tid == 0:
+            counter = cute.make_ptr(Int32, g.own + arrivals, GMEM, assumed_align=4)
+            before = cute.arch.atomic_add(counter, Int32(1), sem="relaxed", scope="gpu")
+            cute.arch.store(shared, before)
+            if before == ctas - 1:
+                cute.arch.store(counter, Int32(0), sem="relaxed", scope="gpu")
+        cute.arch.sync_threads()
+        last = Int32(cute.arch.load(shared, Int32) == ctas - 1)
+        if last != 0:
+            cute.arch.fence_acq_rel_sys()
+    return last != 0
 
 
 @cute.jit
@@ -200,20 +208,23 @@ def signal_peers(g: Group, offset, epoch):
     """Set my flag at every peer; called by all threads of one CTA after `last_to_arrive`."""
     tid, _, _ = cute.arch.thread_idx()
     if tid < g.ranks:
-        flag = cute.make_ptr(Int32, peer_base(g, tid) + offset + g.rank * LINE, GMEM, assumed_align=4)
-        cute.arch.fence_acq_rel_sys()
-        cute.arch.store(flag, epoch, sem="release", scope="sys")
+        set_flag(peer_base(g, tid) + offset + g.rank * LINE, epoch)
+
+
+def set_flag(address, epoch):
+    cute.arch.store(cute.make_ptr(Int32, address, GMEM, assumed_align=4), epoch, sem="relaxed", scope="sys")
 
 
 @cute.jit
-def may_proceed(g: Group, shared: cute.Pointer):
-    """After the waits of a CTA, by all its threads: False if any wait of this rank has expired."""
-    tid, _, _ = cute.arch.thread_idx()
-    cute.arch.sync_threads()
-    if tid == 0:
-        cute.arch.store(shared, Int32(aborted(g)))
-    cute.arch.sync_threads()
-    return cute.arch.load(shared, Int32) == 0
+def may_proceed(g: Group, reached, barrier: int = 0, threads: cutlass.Constexpr = None):
+    """The barrier after the waits of a CTA, by all its threads: False if this rank has given up.
+
+    reached: False in a thread whose wait has expired. barrier, threads: another barrier than that of the whole CTA.
+    """
+    failed = Int32(0)
+    if not reached:
+        failed = Int32(aborted(g))  # not if the peer is left out instead
+    return ptx.barrier_or(failed, barrier, threads) == 0
 
 
 @cute.jit

@@ -40,17 +40,19 @@ class Kernel:
         self._block = ParameterBlock(bundle.params)
         self._lock = threading.Lock()
 
-    def launch(self, grid: Sequence[int], stream: int, *values: Any) -> None:
+    def launch(self, grid: Sequence[int], stream: int, *values: Any, smem_bytes: int | None = None) -> None:
         """Put one launch on `stream`; returns without waiting.
 
         grid: CTAs (x, y, z). stream: CUstream handle as int (torch: `stream.cuda_stream`), of this kernel's device.
         values: one per bundle.params: ints (a pointer is its address), floats, TensorMap objects. Memory they point to
-        must live until the kernel has run. Raises ValueError for values that don't fit, RuntimeError for CUDA's errors.
+        must live until the kernel has run. smem_bytes: dynamic shared memory where a call needs less than the kernel's
+        most (bundle.smem_bytes, the default). Raises ValueError for values that don't fit, RuntimeError for CUDA's errors.
         """
         config = self._config
         with self._lock:  # cuda-python lets go of the GIL in the call, and config and parameter block are shared
             self._block.pack(values)
             config.gridDimX, config.gridDimY, config.gridDimZ = grid
+            config.sharedMemBytes = self.bundle.smem_bytes if smem_bytes is None else smem_bytes
             config.hStream = stream
             (error,) = self._launch_ex(config, self._function, self._block.pointers, 0)
         if error:

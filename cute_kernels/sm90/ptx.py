@@ -60,6 +60,14 @@ def red_release_gpu_if(gmem_addr, value, wanted):
     )
 
 
+def st_sys_if(gmem_addr, value, wanted):
+    """Store an Int32 where `wanted` (Int32) is not 0, as one that the host may read at any time."""
+    cute.arch.inline_ptx(
+        "{ .reg .pred p; setp.ne.s32 p, {$r2}, 0; @p st.relaxed.sys.global.b32 [{$r0}], {$r1}; }",
+        read_only_args=[gmem_addr, value, wanted],
+    )
+
+
 def pin_registers(frag32):
     """Route 32-bit registers through a volatile mov.
 
@@ -134,4 +142,16 @@ def add_product(total, x, y):
         "{ .reg .f32 p; mul.rn.f32 p, {$r1}, {$r2}; add.rn.f32 {$w0}, {$r0}, p; }",
         write_only_types=[Float32],
         read_only_args=[total, x, y],
+    )
+
+
+def barrier_or(value, barrier_id: int = 0, threads: int | None = None):
+    """A barrier of `threads` (None: all of the CTA) that tells each of them whether the value of any was not 0."""
+    place = f"{barrier_id}" if threads is None else f"{barrier_id}, {threads}"
+    return cute.arch.inline_ptx(
+        "{ .reg .pred p, q; setp.ne.b32 p, {$r0}, 0; "
+        f"barrier.cta.red.or.pred q, {place}, p; "
+        "selp.b32 {$w0}, 1, 0, q; }",
+        write_only_types=[Int32],
+        read_only_args=[value],
     )

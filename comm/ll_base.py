@@ -1,0 +1,369 @@
+"""LowLatencyBuffer: what every low-latency buffer does, whatever moves the bytes, and the registry that ops find it in.
+
+Every operation, a dispatch or a combine, is a send and later a receive. The send returns the operation's epoch, a
+tensor, which is all that the receive needs to find its data; between the two nothing of this rank runs. A subclass
+moves the rows (the methods with one underscore that are abstract here); this class checks arguments, allocates outputs
+and counts operations.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from cutehop.cute_kernels.errors import check
+
+from . import ll_checks as checks
+from .ll_config import GROUP, MAX_OUTSTANDING, SLOTS, LlConfig
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+PACK = 4  # UE8M0 scales in an int32
+
+
+class LlHandle(NamedTuple):
+    """Where the rows of a dispatch came from: what a rank needs to send its experts' outputs home.
+
+    src_info: int32 (L, R * T), index of each received row's token on its source rank.
+    layout_range: int64 (L, R), low 32 bits: rows that the expert received from the rank, high 32 bits: the first one.
+    recv_count: int32 (L,), rows that the expert received.
+    send_slot: int32 (L, R * T), where each row goes: source * T * max_topk + token * max_topk + choice.
+    src_info and send_slot are undefined past the received rows.
+    """
+
+    src_info: Tensor
+    layout_range: Tensor
+    recv_count: Tensor
+    send_slot: Tensor
+
+
+class LlDispatched(NamedTuple):
+    """What a rank receives, by local expert; cutehop.ref.ep_ll defines order and values.
+
+    recv_x: (L, R * T, H) bfloat16 or e4m3.
+    recv_scales: None with bfloat16. With e4m3 float32 (L, R * T, H / 128), or int32 (L, R * T, ceil(H / 512)) of four
+        UE8M0 each, in memory as (L, columns, R * T), so that the scales of one column lie side by side.
+    recv_count: int32 (L,), how many rows of each expert are received; rows past them are undefined.
+    handle: for combine.
+    """
+
+    recv_x: Tensor
+    recv_scales: Tensor | None
+    recv_count: Tensor
+    handle: LlHandle
+
+
+def empty_dispatched(config: LlConfig, like: Tensor, use_fp8: bool, use_ue8m0: bool) -> LlDispatched:
+    """The outputs of a dispatch, uninitialised, on the device of `like`. The fakes of the ops allocate here too."""
+    experts, rows, hidden = config.experts_per_rank, config.rows, config.hidden
+    scales = None
+    if use_fp8:
+        columns = -(-hidden // (GROUP * PACK)) if use_ue8m0 else hidden // GROUP
+        dtype = torch.int32 if use_ue8m0 else torch.float32
+        scales = like.new_empty((experts, columns, rows), dtype=dtype).transpose(1, 2)
+    count = like.new_empty((experts,), dtype=torch.int32)
+    return LlDispatched(
+        like.new_empty((experts, rows, hidden), dtype=torch.float8_e4m3fn if use_fp8 else torch.bfloat16),
+        scales,
+        count,
+        LlHandle(
+            like.new_empty((experts, rows), dtype=torch.int32),
+            like.new_empty((experts, config.ranks), dtype=torch.int64),
+            count,
+            like.new_empty((experts, rows), dtype=torch.int32),
+        ),
+    )
+
+
+def empty_combined(config: LlConfig, topk_weights: Tensor) -> Tensor:
+    """The output of a combine, uninitialised."""
+    return topk_weights.new_empty((topk_weights.shape[0], config.hidden), dtype=torch.bfloat16)
+
+
+class LowLatencyBuffer(ABC):
+    """Dispatch and combine for few tokens per rank. All ranks of the group make the same sends in the same order and
+    receive each, in any order, a rank without tokens too; k and the options of a call are equal on all of them.
+
+    At most 3 operations may be sent and not yet received, and each is received before the fourth send after its own,
+    which uses its memory. Nothing ever needs cleaning.
+    T is config.max_tokens, H config.hidden, E config.num_experts, L = E / R.
+
+    name: unique in the process among these buffers; ops name the buffer by it.
+    group, rank, ranks, config, device: as given; all ranks use equal configs.
+    num_sms: CTAs of a call; 0 where nothing runs on a GPU.
+
+    With config.elastic a wait for a peer that expires masks the peer: now and until it is unmasked it is sent nothing
+    and what it sends is not awaited. Its tokens do not exist, the choices of its experts contribute nothing. Each rank
+    has its own mask. Masks may change while nothing is outstanding, before a dispatch; between a dispatch and its
+    combine a rank may be masked, but not unmasked. A rank that comes back has made as many operations as the others.
+
+    Errors of every method: RuntimeError after destroy(), EpTimeoutError (a RuntimeError) once a wait for a peer has
+    expired without config.elastic, TypeError and ValueError for arguments.
+    """
+
+    _open = False  # a constructor that raised leaves nothing to warn about
+
+    def __init__(
+        self, group: ProcessGroup, config: LlConfig, device: torch.device, name: str | None = None, num_sms: int = 0
+    ) -> None:
+        """name: None for one that is free."""
+        check(
+            group.size() == config.ranks,
+            f"LowLatencyBuffer: config.ranks {config.ranks}, the group has {group.size()} ranks; make the config for "
+            "the group",
+        )
+        check(
+            name not in _BUFFERS,
+            f"LowLatencyBuffer: name {name!r} is taken by a living buffer; destroy it or choose another",
+        )
+        self.name = _free_name() if name is None else name
+        self.group, self.rank, self.ranks = group, group.rank(), group.size()
+        self.config, self.device, self.num_sms = config, device, num_sms
+        self._sends = 0
+        self._outstanding: dict[int, tuple[int, Tensor]] = {}  # by address of the epoch: number of the send, epoch
+
+    def _opened(self) -> None:
+        """The last statement of a subclass's constructor: from now on ops find the buffer and destroy() is due."""
+        self._open = True
+        _BUFFERS[self.name] = self
+
+    @property
+    def outstanding(self) -> int:
+        """Operations sent and not yet received. Replays of CUDA graphs do not count: a graph, or graphs that replay
+        together, hold each send and its receive."""
+        return len(self._outstanding)
+
+    def dispatch_send(
+        self, x: Tensor, topk_idx: Tensor, *, use_fp8: bool = True, round_scale: bool = False, use_ue8m0: bool = False
+    ) -> Tensor:
+        """Send every token to the ranks of its experts. Returns the epoch, int32 (1,) on the buffer's device.
+
+        x: bfloat16 (n, H), n <= T, contiguous.
+        topk_idx: int64 or int32 (n, k), contiguous; an id outside [0, E) is no choice.
+        use_fp8: rows travel and arrive as e4m3 with a scale per 128 columns, as cutehop.ref.ep_ll.quantize has it.
+        round_scale: scales are powers of two.  use_ue8m0: they are, and arrive as packed exponents. With use_fp8 only.
+
+        RuntimeError if 3 operations are outstanding, or the one sent 4 sends before.
+        """
+        self._ready()
+        checks.check_dispatch_send(self.config, self.device, x, topk_idx, use_fp8, round_scale, use_ue8m0)
+        self._check_room("ep_ll_dispatch_send")
+        epoch = self._dispatch_send(x, topk_idx, use_fp8=use_fp8, round_scale=round_scale, use_ue8m0=use_ue8m0)
+        return self._sent(epoch)
+
+    def dispatch_receive(
+        self,
+        epoch: Tensor,
+        *,
+        num_topk: int,
+        use_fp8: bool = True,
+        use_ue8m0: bool = False,
+        out: LlDispatched | None = None,
+        recv_stats: Tensor | None = None,
+        wait_stats: Tensor | None = None,
+    ) -> LlDispatched:
+        """The rows of all ranks' tokens that chose an expert of this rank.
+
+        epoch: of dispatch_send.  num_topk, use_fp8, use_ue8m0: k and the options of the send.
+        out: what empty_outputs returned for these options, to be filled; None allocates it.
+        recv_stats: int32 (L,), recv_count is added to it.
+        wait_stats: int64 (R,), the nanoseconds that each rank was waited for are added to it.
+        """
+        self._ready()
+        checks.check_dispatch_receive(self.config, self.device, epoch, num_topk, recv_stats, wait_stats)
+        if out is None:
+            out = self.empty_outputs(use_fp8=use_fp8, use_ue8m0=use_ue8m0)
+        else:
+            checks.check_outputs(self.config, self.device, use_fp8, use_ue8m0, out.recv_x, out.recv_scales)
+        self._check_outstanding("ep_ll_dispatch_recv", epoch)
+        self._dispatch_receive(epoch, out, num_topk=num_topk, recv_stats=recv_stats, wait_stats=wait_stats)
+        del self._outstanding[epoch.data_ptr()]
+        return out
+
+    def empty_outputs(self, *, use_fp8: bool = True, use_ue8m0: bool = False) -> LlDispatched:
+        """Uninitialised `out` of dispatch_receive, for callers that pass the tensors on before they are filled."""
+        return empty_dispatched(self.config, torch.empty(0, device=self.device), use_fp8, use_ue8m0)
+
+    def combine_send(self, y: Tensor, handle: LlHandle, *, num_topk: int, use_logfmt: bool = False) -> Tensor:
+        """Send the experts' outputs home. Returns the epoch, int32 (1,) on the buffer's device.
+
+        y: bfloat16 (L, R * T, H), contiguous, in the order of the received rows; rows past those are not read.
+        handle, num_topk: of the dispatch.
+        use_logfmt: rows travel as cutehop.ref.ep_ll.logfmt_encode has it, in 10 bits per value where that is possible.
+
+        RuntimeError if 3 operations are outstanding, or the one sent 4 sends before.
+        """
+        self._ready()
+        checks.check_combine_send(self.config, self.device, y, *handle, num_topk)
+        self._check_room("ep_ll_combine_send")
+        epoch = self._combine_send(y, handle, num_topk=num_topk, use_logfmt=use_logfmt)
+        return self._sent(epoch)
+
+    def combine_receive(
+        self,
+        epoch: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        *,
+        out: Tensor | None = None,
+        wait_stats: Tensor | None = None,
+    ) -> Tensor:
+        """Every token's sum of its experts' rows, weighted: bfloat16 (n, H), `out` if it is given.
+
+        epoch: of combine_send.
+        topk_idx: as for dispatch_send, unchanged.  topk_weights: float32 (n, k), contiguous.
+        out: bfloat16 (n, H), contiguous; None allocates it.
+        wait_stats: as for dispatch_receive.
+        """
+        self._ready()
+        checks.check_combine_receive(self.config, self.device, epoch, topk_idx, topk_weights, out, wait_stats)
+        self._check_outstanding("ep_ll_combine_recv", epoch)
+        if out is None:
+            out = empty_combined(self.config, topk_weights)
+        self._combine_receive(epoch, topk_idx, topk_weights, out, wait_stats=wait_stats)
+        del self._outstanding[epoch.data_ptr()]
+        return out
+
+    def update_mask(self, rank: int, masked: bool) -> None:
+        """Mask a rank, or let it come back.
+
+        RuntimeError without config.elastic; ValueError for this rank itself or one that does not exist.
+        """
+        self._ready_elastic("update_mask")
+        check(
+            0 <= rank < self.ranks and rank != self.rank,
+            f"update_mask: rank {rank} on rank {self.rank} of {self.ranks}; name another rank of the group",
+        )
+        self._update_mask(rank, masked)
+
+    def query_mask(self, out: Tensor) -> None:
+        """Write 1 for each masked rank and 0 for the others to `out`, int32 (R,) on the buffer's device.
+
+        RuntimeError without config.elastic.
+        """
+        self._ready_elastic("query_mask")
+        checks.check_mask(self.config, self.device, out)
+        self._query_mask(out)
+
+    def clean_mask(self) -> None:
+        """Let all ranks come back. RuntimeError without config.elastic."""
+        self._ready_elastic("clean_mask")
+        self._clean_mask()
+
+    def destroy(self) -> None:
+        """Free everything. Collective; a second call does nothing. Legal after an EpTimeoutError too."""
+        if not self._open:
+            return
+        self._open = False
+        _BUFFERS.pop(self.name, None)
+        self._destroy()
+
+    def __del__(self) -> None:
+        if self._open:  # destroying is collective, and nobody knows when peers collect theirs
+            message = f"buffer {self.name!r} was not destroyed; call destroy() on every rank"
+            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
+
+    def _ready(self) -> None:
+        if not self._open:
+            raise RuntimeError(f"buffer {self.name!r} is destroyed; make another one")
+        self.check()
+
+    def _ready_elastic(self, what: str) -> None:
+        self._ready()
+        check(
+            self.config.elastic,
+            f"{what}: buffer {self.name!r} is not elastic, it has no masks; make it with LlConfig(elastic=True)",
+            RuntimeError,
+        )
+
+    def _check_room(self, op: str) -> None:
+        sends_ago = [self._sends + 1 - number for number, _ in self._outstanding.values()]
+        if len(sends_ago) >= MAX_OUTSTANDING or SLOTS in sends_ago:
+            raise RuntimeError(
+                f"{op}: operations sent {', '.join(map(str, sends_ago))} sends ago are outstanding on buffer "
+                f"{self.name!r}, limit {MAX_OUTSTANDING} operations and {MAX_OUTSTANDING} sends; receive the oldest "
+                "first (call its hook)"
+            )
+
+    def _sent(self, epoch: Tensor) -> Tensor:
+        """Keeps the epoch alive until it is received, so that its address names the operation."""
+        self._sends += 1
+        self._outstanding[epoch.data_ptr()] = self._sends, epoch
+        return epoch
+
+    def _check_outstanding(self, op: str, epoch: Tensor) -> None:
+        if epoch.data_ptr() not in self._outstanding:
+            raise RuntimeError(
+                f"{op}: the epoch is of no operation outstanding on buffer {self.name!r}, which has "
+                f"{len(self._outstanding)}; pass the tensor that the send returned, once"
+            )
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise EpTimeoutError if one of the buffer's waits has expired, now or earlier."""
+
+    @abstractmethod
+    def _dispatch_send(
+        self, x: Tensor, topk_idx: Tensor, *, use_fp8: bool, round_scale: bool, use_ue8m0: bool
+    ) -> Tensor:
+        """dispatch_send, of checked arguments."""
+
+    @abstractmethod
+    def _dispatch_receive(
+        self,
+        epoch: Tensor,
+        out: LlDispatched,
+        *,
+        num_topk: int,
+        recv_stats: Tensor | None,
+        wait_stats: Tensor | None,
+    ) -> None:
+        """Fill `out`, whose dtypes tell the options of the send."""
+
+    @abstractmethod
+    def _combine_send(self, y: Tensor, handle: LlHandle, *, num_topk: int, use_logfmt: bool) -> Tensor: ...
+
+    @abstractmethod
+    def _combine_receive(
+        self, epoch: Tensor, topk_idx: Tensor, topk_weights: Tensor, out: Tensor, *, wait_stats: Tensor | None
+    ) -> None:
+        """Fill `out`."""
+
+    @abstractmethod
+    def _update_mask(self, rank: int, masked: bool) -> None: ...
+
+    @abstractmethod
+    def _query_mask(self, out: Tensor) -> None: ...
+
+    @abstractmethod
+    def _clean_mask(self) -> None: ...
+
+    @abstractmethod
+    def _destroy(self) -> None:
+        """Called once. Must not hang if a wait has expired before."""
+
+
+_BUFFERS: WeakValueDictionary[str, LowLatencyBuffer] = WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+def _free_name() -> str:
+    return next(name for name in (f"ll{i}" for i in _NUMBERS) if name not in _BUFFERS)
+
+
+def find(name: str) -> LowLatencyBuffer:
+    """The living low-latency buffer of that name. ValueError if there is none."""
+    buffer = _BUFFERS.get(name)
+    if buffer is None:
+        raise ValueError(
+            f"low-latency buffer {name!r} does not exist, living ones: {', '.join(sorted(_BUFFERS)) or 'none'}; make "
+            "it before the call and keep a reference to it"
+        )
+    return buffer
