@@ -157,7 +157,8 @@ class Buffer(ABC):
         topk_idx: int64 or int32 (n, k), and topk_weights: float32 (n, k), contiguous; both or neither None.
         is_token_in_rank: bool (n, R).  num_tokens_per_expert: int32 (E,).  Both contiguous, of ep_layout.
         num_worst_tokens: 0 returns the exact number of rows, for which the CPU waits. Above 0 that many rows are
-            returned and nothing waits, so the call can be captured in a CUDA graph; too few fail on all ranks.
+            returned and nothing waits, so the call can be captured in a CUDA graph; with too few the call
+            fails here, and on the other ranks at the deadline.
         """
         first, _ = self._ready()
         arguments = (x, scales, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert)

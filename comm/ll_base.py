@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import torch
@@ -20,71 +20,11 @@ from torch import Tensor
 from cutehop.cute_kernels.errors import check
 
 from . import ll_checks as checks
-from .ll_config import GROUP, MAX_OUTSTANDING, SLOTS, LlConfig
+from .ll_config import MAX_OUTSTANDING, SLOTS, LlConfig
+from .ll_outputs import LlDispatched, LlHandle, empty_combined, empty_dispatched
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-PACK = 4  # UE8M0 scales in an int32
-
-
-class LlHandle(NamedTuple):
-    """Where the rows of a dispatch came from: what a rank needs to send its experts' outputs home.
-
-    src_info: int32 (L, R * T), index of each received row's token on its source rank.
-    layout_range: int64 (L, R), low 32 bits: rows that the expert received from the rank, high 32 bits: the first one.
-    recv_count: int32 (L,), rows that the expert received.
-    send_slot: int32 (L, R * T), where each row goes: source * T * max_topk + token * max_topk + choice.
-    src_info and send_slot are undefined past the received rows.
-    """
-
-    src_info: Tensor
-    layout_range: Tensor
-    recv_count: Tensor
-    send_slot: Tensor
-
-
-class LlDispatched(NamedTuple):
-    """What a rank receives, by local expert; cutehop.ref.ep_ll defines order and values.
-
-    recv_x: (L, R * T, H) bfloat16 or e4m3.
-    recv_scales: None with bfloat16. With e4m3 float32 (L, R * T, H / 128), or int32 (L, R * T, ceil(H / 512)) of four
-        UE8M0 each, in memory as (L, columns, R * T), so that the scales of one column lie side by side.
-    recv_count: int32 (L,), how many rows of each expert are received; rows past them are undefined.
-    handle: for combine.
-    """
-
-    recv_x: Tensor
-    recv_scales: Tensor | None
-    recv_count: Tensor
-    handle: LlHandle
-
-
-def empty_dispatched(config: LlConfig, like: Tensor, use_fp8: bool, use_ue8m0: bool) -> LlDispatched:
-    """The outputs of a dispatch, uninitialised, on the device of `like`. The fakes of the ops allocate here too."""
-    experts, rows, hidden = config.experts_per_rank, config.rows, config.hidden
-    scales = None
-    if use_fp8:
-        columns = -(-hidden // (GROUP * PACK)) if use_ue8m0 else hidden // GROUP
-        dtype = torch.int32 if use_ue8m0 else torch.float32
-        scales = like.new_empty((experts, columns, rows), dtype=dtype).transpose(1, 2)
-    count = like.new_empty((experts,), dtype=torch.int32)
-    return LlDispatched(
-        like.new_empty((experts, rows, hidden), dtype=torch.float8_e4m3fn if use_fp8 else torch.bfloat16),
-        scales,
-        count,
-        LlHandle(
-            like.new_empty((experts, rows), dtype=torch.int32),
-            like.new_empty((experts, config.ranks), dtype=torch.int64),
-            count,
-            like.new_empty((experts, rows), dtype=torch.int32),
-        ),
-    )
-
-
-def empty_combined(config: LlConfig, topk_weights: Tensor) -> Tensor:
-    """The output of a combine, uninitialised."""
-    return topk_weights.new_empty((topk_weights.shape[0], config.hidden), dtype=torch.bfloat16)
 
 
 class LowLatencyBuffer(ABC):
@@ -231,6 +171,55 @@ class LowLatencyBuffer(ABC):
         del self._outstanding[epoch.data_ptr()]
         return out
 
+    def dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        *,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        out: LlDispatched | None = None,
+        recv_stats: Tensor | None = None,
+        wait_stats: Tensor | None = None,
+    ) -> LlDispatched:
+        """dispatch_send and its dispatch_receive; on a GPU in one launch, which takes less time than two."""
+        self._ready()
+        checks.check_dispatch_send(self.config, self.device, x, topk_idx, use_fp8, round_scale, use_ue8m0)
+        checks.check_stats(self.config, self.device, recv_stats, wait_stats)
+        if out is None:
+            out = self.empty_outputs(use_fp8=use_fp8, use_ue8m0=use_ue8m0)
+        else:
+            checks.check_outputs(self.config, self.device, use_fp8, use_ue8m0, out.recv_x, out.recv_scales)
+        self._check_room("ep_ll_dispatch")
+        self._sends += 1
+        self._dispatch(
+            x, topk_idx, out, round_scale=round_scale or use_ue8m0, recv_stats=recv_stats, wait_stats=wait_stats
+        )
+        return out
+
+    def combine(
+        self,
+        y: Tensor,
+        handle: LlHandle,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        *,
+        use_logfmt: bool = False,
+        out: Tensor | None = None,
+        wait_stats: Tensor | None = None,
+    ) -> Tensor:
+        """combine_send and its combine_receive; on a GPU in one launch, which takes less time than two."""
+        self._ready()
+        checks.check_combine_send(self.config, self.device, y, *handle, topk_idx.shape[1])
+        checks.check_combine_inputs(self.config, self.device, topk_idx, topk_weights, out, wait_stats)
+        self._check_room("ep_ll_combine")
+        self._sends += 1
+        if out is None:
+            out = empty_combined(self.config, topk_weights)
+        self._combine(y, handle, topk_idx, topk_weights, out, use_logfmt=use_logfmt, wait_stats=wait_stats)
+        return out
+
     def update_mask(self, rank: int, masked: bool) -> None:
         """Mask a rank, or let it come back.
 
@@ -335,6 +324,37 @@ class LowLatencyBuffer(ABC):
         self, epoch: Tensor, topk_idx: Tensor, topk_weights: Tensor, out: Tensor, *, wait_stats: Tensor | None
     ) -> None:
         """Fill `out`."""
+
+    def _dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        out: LlDispatched,
+        *,
+        round_scale: bool,
+        recv_stats: Tensor | None,
+        wait_stats: Tensor | None,
+    ) -> None:
+        """Both halves of a dispatch. The dtypes of `out` tell its other options."""
+        use_fp8 = out.recv_scales is not None
+        use_ue8m0 = out.recv_scales is not None and out.recv_scales.dtype == torch.int32
+        epoch = self._dispatch_send(x, topk_idx, use_fp8=use_fp8, round_scale=round_scale, use_ue8m0=use_ue8m0)
+        self._dispatch_receive(epoch, out, num_topk=topk_idx.shape[1], recv_stats=recv_stats, wait_stats=wait_stats)
+
+    def _combine(
+        self,
+        y: Tensor,
+        handle: LlHandle,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        out: Tensor,
+        *,
+        use_logfmt: bool,
+        wait_stats: Tensor | None,
+    ) -> None:
+        """Both halves of a combine."""
+        epoch = self._combine_send(y, handle, num_topk=topk_idx.shape[1], use_logfmt=use_logfmt)
+        self._combine_receive(epoch, topk_idx, topk_weights, out, wait_stats=wait_stats)
 
     @abstractmethod
     def _update_mask(self, rank: int, masked: bool) -> None: ...

@@ -21,8 +21,12 @@ from .memory import DEFAULT_NUM_SMS, PeerMemory, address, aligned
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from cutehop.cute_kernels.jit import Kernel
+
     from .ll_config import LlConfig
 
+SEND, RECEIVE, BOTH = sizes.PARTS
+RECORDS_PER_CTA = 4  # to receive: fewer make the start of a grid dear, more its work long
 BF16, F32_SCALES, POW2_SCALES, UE8M0_SCALES = range(4)  # of rows on the wire; kernels.ll_dispatch_send has the same
 
 
@@ -53,10 +57,10 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         self.layout = at = LlLayout(config)
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream().cuda_stream
-            self._send = kernels.ll_dispatch_send_kernel(sizes.LlDispatchSendConfig(), stream)
-            self._receive = kernels.ll_dispatch_receive_kernel(sizes.LlDispatchReceiveConfig(), stream)
-            self._send_home = kernels.ll_combine_send_kernel(sizes.LlCombineSendConfig(), stream)
-            self._receive_home = kernels.ll_combine_receive_kernel(sizes.LlCombineReceiveConfig(), stream)
+            self._dispatch_kernels, self._combine_kernels = {}, {}
+            for parts in sizes.PARTS:
+                self._dispatch_kernels[parts] = kernels.ll_dispatch_kernel(sizes.LlDispatchConfig(*parts), stream)
+                self._combine_kernels[parts] = kernels.ll_combine_kernel(sizes.LlCombineConfig(*parts), stream)
         self._memory = PeerMemory(group, device, provider, at.heap_bytes, at.host_bytes, at.error.offset, timeout_s)
         self._memory.check_sms(num_sms)
         # The last parameters of the kernels: the same in all calls.
@@ -75,30 +79,11 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
     def _dispatch_send(
         self, x: Tensor, topk_idx: Tensor, *, use_fp8: bool, round_scale: bool, use_ue8m0: bool
     ) -> Tensor:
-        stream, x = self._memory.stream(self.name), aligned(x)
-        tokens, topk = topk_idx.shape
+        x = aligned(x)
         epoch = topk_idx.new_empty((1,), dtype=torch.int32)
-        self._tokens = tokens
-        wire = BF16
-        if use_fp8:
-            wire = UE8M0_SCALES if use_ue8m0 else POW2_SCALES if round_scale else F32_SCALES
-        ctas, teams = sizes.ll_teams(tokens, self.num_sms, self.config.record_bytes)
-        self._send.launch(
-            (ctas, 1, 1),
-            stream,
-            *self._memory.group_args,
-            x.data_ptr(),
-            topk_idx.data_ptr(),
-            topk_idx.itemsize,
-            tokens,
-            topk,
-            self.config.hidden,
-            wire,
-            teams,
-            epoch.data_ptr(),
-            *self._send_args,
-            smem_bytes=self._send.bundle.smem_bytes - sizes.LL_STAGE_BYTES + teams * self.config.record_bytes,
-        )
+        wire = _wire(use_fp8, round_scale, use_ue8m0)
+        ctas, data_bytes, values = self._sending(SEND, x, topk_idx, wire, epoch)
+        self._launch(self._dispatch_kernels[SEND], ctas, values, self._unused(SEND) - data_bytes)
         return epoch
 
     def _dispatch_receive(
@@ -110,74 +95,128 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         recv_stats: Tensor | None,
         wait_stats: Tensor | None,
     ) -> None:
+        ctas, data_bytes, values = self._receiving(RECEIVE, epoch, out, num_topk, recv_stats, wait_stats)
+        self._launch(self._dispatch_kernels[RECEIVE], ctas, values, self._unused(RECEIVE) - data_bytes)
+
+    def _dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        out: LlDispatched,
+        *,
+        round_scale: bool,
+        recv_stats: Tensor | None,
+        wait_stats: Tensor | None,
+    ) -> None:
+        x = aligned(x)
+        epoch = topk_idx.new_empty((1,), dtype=torch.int32)
+        use_ue8m0 = out.recv_scales is not None and out.recv_scales.dtype == torch.int32
+        wire = _wire(out.recv_scales is not None, round_scale, use_ue8m0)
+        ctas, sent_bytes, sending = self._sending(BOTH, x, topk_idx, wire, epoch)
+        more, received_bytes, receiving = self._receiving(BOTH, epoch, out, topk_idx.shape[1], recv_stats, wait_stats)
+        unused = self._unused(BOTH) - max(sent_bytes, received_bytes)
+        self._launch(self._dispatch_kernels[BOTH], max(ctas, more), sending + receiving, unused)
+
+    def _sending(
+        self, parts: tuple[bool, bool], x: Tensor, topk_idx: Tensor, wire: int, epoch: Tensor
+    ) -> tuple[int, int, tuple[int, ...]]:
+        """CTAs, bytes of shared memory for records, and the parameters LlDispatchSendArgs."""
+        tokens, topk = topk_idx.shape
+        self._tokens = tokens
+        ctas, teams = sizes.ll_teams(tokens, self.num_sms, self.config.record_bytes, self._unused(parts))
+        values = (
+            x.data_ptr(), topk_idx.data_ptr(), topk_idx.itemsize, tokens, topk, self.config.hidden, wire, teams,
+            epoch.data_ptr(), *self._send_args,
+        )  # fmt: skip
+        return ctas, teams * self.config.record_bytes, values
+
+    def _receiving(
+        self,
+        parts: tuple[bool, bool],
+        epoch: Tensor,
+        out: LlDispatched,
+        num_topk: int,
+        recv_stats: Tensor | None,
+        wait_stats: Tensor | None,
+    ) -> tuple[int, int, tuple[int, ...]]:
+        """CTAs, bytes of shared memory for rows, and the parameters LlDispatchReceiveArgs."""
         row_bytes = self.config.hidden * out.recv_x.itemsize
         scale_words = 0 if out.recv_scales is None else out.recv_scales.shape[2]
-        handle = out.handle
-        warps = sizes.ll_copy_warps(row_bytes, scale_words)
+        warps = sizes.ll_copy_warps(row_bytes, scale_words, self._unused(parts))
         # Other ranks' tokens are not known here; as many as mine is the best guess, and only a matter of speed.
-        ctas = min(self.num_sms, -(-self.ranks * max(self._tokens, 1) // warps))
-        self._receive.launch(
-            (ctas, 1, 1),
-            self._memory.stream(self.name),
-            *self._memory.group_args,
-            epoch.data_ptr(),
-            num_topk,
-            row_bytes,
-            scale_words,
-            warps,
-            out.recv_x.data_ptr(),
-            address(out.recv_scales),
-            out.recv_count.data_ptr(),
-            handle.layout_range.data_ptr(),
-            handle.src_info.data_ptr(),
-            handle.send_slot.data_ptr(),
-            address(recv_stats),
-            address(wait_stats),
-            *self._receive_args,
-            smem_bytes=self._receive.bundle.smem_bytes
-            - sizes.LL_COPY_BYTES
-            + warps * sizes.ll_record_bytes(row_bytes, scale_words),
-        )
+        ctas = min(self.num_sms, -(-self.ranks * max(self._tokens, 1) // RECORDS_PER_CTA))
+        handle = out.handle
+        values = (
+            epoch.data_ptr(), num_topk, row_bytes, scale_words, warps, out.recv_x.data_ptr(), address(out.recv_scales),
+            out.recv_count.data_ptr(), handle.layout_range.data_ptr(), handle.src_info.data_ptr(),
+            handle.send_slot.data_ptr(), address(recv_stats), address(wait_stats), *self._receive_args,
+        )  # fmt: skip
+        return ctas, warps * sizes.ll_row_bytes(row_bytes, scale_words), values
+
+    def _unused(self, parts: tuple[bool, bool]) -> int:
+        """Bytes of shared memory that a dispatch kernel has for data, used or not."""
+        return sizes.ll_dispatch_data_bytes(sizes.LlDispatchConfig(*parts))
+
+    def _launch(self, kernel: Kernel, ctas: int, values: tuple[int, ...], unused: int = 0) -> None:
+        """unused: bytes of the kernel's shared memory that this launch does without."""
+        stream = self._memory.stream(self.name)
+        smem_bytes = kernel.bundle.smem_bytes - unused
+        kernel.launch((ctas, 1, 1), stream, *self._memory.group_args, *values, smem_bytes=smem_bytes)
 
     def _combine_send(self, y: Tensor, handle: LlHandle, *, num_topk: int, use_logfmt: bool) -> Tensor:
-        if use_logfmt:
-            raise NotImplementedError("ep_ll_combine_send: use_logfmt is not supported on CUDA; send bfloat16 rows")
-        stream, y = self._memory.stream(self.name), aligned(y)
+        y = aligned(y)
         epoch = handle.recv_count.new_empty((1,))
-        row_bytes = self.config.row_bytes
-        rows = max(self._tokens, 1) * num_topk  # if experts are chosen evenly
-        self._send_home.launch(
-            (min(self.num_sms, -(-rows // sizes.LL_RINGS)), 1, 1),
-            stream,
-            *self._memory.group_args,
-            y.data_ptr(),
-            handle.recv_count.data_ptr(),
-            handle.send_slot.data_ptr(),
-            row_bytes,
-            *sizes.ring(row_bytes, sizes.LL_RING_BYTES),
-            epoch.data_ptr(),
-            *self._send_home_args,
-        )
+        ctas, values = self._sending_home(y, handle, num_topk, use_logfmt, epoch)
+        self._launch(self._combine_kernels[SEND], ctas, values)
         return epoch
 
     def _combine_receive(
         self, epoch: Tensor, topk_idx: Tensor, topk_weights: Tensor, out: Tensor, *, wait_stats: Tensor | None
     ) -> None:
+        ctas, values = self._receiving_home(epoch, topk_idx, topk_weights, out, wait_stats)
+        self._launch(self._combine_kernels[RECEIVE], ctas, values)
+
+    def _combine(
+        self,
+        y: Tensor,
+        handle: LlHandle,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        out: Tensor,
+        *,
+        use_logfmt: bool,
+        wait_stats: Tensor | None,
+    ) -> None:
+        y = aligned(y)
+        epoch = handle.recv_count.new_empty((1,))
+        ctas, sending = self._sending_home(y, handle, topk_idx.shape[1], use_logfmt, epoch)
+        more, receiving = self._receiving_home(epoch, topk_idx, topk_weights, out, wait_stats)
+        self._launch(self._combine_kernels[BOTH], max(ctas, more), sending + receiving)
+
+    def _sending_home(
+        self, y: Tensor, handle: LlHandle, num_topk: int, use_logfmt: bool, epoch: Tensor
+    ) -> tuple[int, tuple[int, ...]]:
+        """CTAs and the parameters LlCombineSendArgs."""
+        if use_logfmt:
+            raise NotImplementedError("ep_ll_combine_send: use_logfmt is not supported on CUDA; send bfloat16 rows")
+        row_bytes = self.config.row_bytes
+        rows = max(self._tokens, 1) * num_topk  # if experts are chosen evenly
+        values = (
+            y.data_ptr(), handle.recv_count.data_ptr(), handle.send_slot.data_ptr(), row_bytes,
+            *sizes.ring(row_bytes, sizes.SEND_RING_BYTES), epoch.data_ptr(), *self._send_home_args,
+        )  # fmt: skip
+        return min(self.num_sms, -(-rows // sizes.RINGS)), values
+
+    def _receiving_home(
+        self, epoch: Tensor, topk_idx: Tensor, topk_weights: Tensor, out: Tensor, wait_stats: Tensor | None
+    ) -> tuple[int, tuple[int, ...]]:
+        """CTAs and the parameters LlCombineReceiveArgs."""
+        values = (
+            epoch.data_ptr(), topk_idx.data_ptr(), topk_idx.itemsize, topk_weights.data_ptr(), *topk_idx.shape,
+            self.config.hidden, out.data_ptr(), address(wait_stats), *self._receive_home_args,
+        )  # fmt: skip
         items = topk_idx.shape[0] * -(-self.config.hidden // 256)
-        self._receive_home.launch(
-            (max(1, min(self.num_sms, -(-items // sizes.LL_REDUCE_WARPS))), 1, 1),
-            self._memory.stream(self.name),
-            *self._memory.group_args,
-            epoch.data_ptr(),
-            topk_idx.data_ptr(),
-            topk_idx.itemsize,
-            topk_weights.data_ptr(),
-            *topk_idx.shape,
-            self.config.hidden,
-            out.data_ptr(),
-            address(wait_stats),
-            *self._receive_home_args,
-        )
+        return max(1, min(self.num_sms, -(-items // sizes.REDUCE_WARPS))), values
 
     def _mask(self) -> Tensor:
         """int32 (R,) view of the mask, which kernels read and write."""
@@ -195,3 +234,10 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
 
     def _destroy(self) -> None:
         self._memory.destroy()
+
+
+def _wire(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> int:
+    """How rows travel."""
+    if not use_fp8:
+        return BF16
+    return UE8M0_SCALES if use_ue8m0 else POW2_SCALES if round_scale else F32_SCALES

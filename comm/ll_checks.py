@@ -46,6 +46,11 @@ def check_dispatch_receive(
     op = "ep_ll_dispatch_recv"
     _check_epoch(op, device, epoch)
     _check_num_topk(op, config, num_topk)
+    check_stats(config, device, recv_stats, wait_stats)
+
+
+def check_stats(config: LlConfig, device: torch.device, recv_stats: Tensor | None, wait_stats: Tensor | None) -> None:
+    op = "ep_ll_dispatch_recv"
     if recv_stats is not None:
         _check_vector(op, "recv_stats", recv_stats, INT32, config.experts_per_rank, "local expert", device)
     _check_wait_stats(op, config, device, wait_stats)
@@ -109,8 +114,19 @@ def check_combine_receive(
     out: Tensor | None = None,
     wait_stats: Tensor | None = None,
 ) -> None:
+    _check_epoch("ep_ll_combine_recv", device, epoch)
+    check_combine_inputs(config, device, topk_idx, topk_weights, out, wait_stats)
+
+
+def check_combine_inputs(
+    config: LlConfig,
+    device: torch.device,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    out: Tensor | None,
+    wait_stats: Tensor | None,
+) -> None:
     op = "ep_ll_combine_recv"
-    _check_epoch(op, device, epoch)
     _check_topk_idx(op, config, device, topk_idx)
     _typed(op, "topk_weights", topk_weights, (FLOAT32,))
     _dims(op, "topk_weights", topk_weights, 2, "(n, k)")

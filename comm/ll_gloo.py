@@ -1,8 +1,8 @@
 """GlooLowLatencyBuffer: the low-latency mode over gloo, on CPU tensors. Bit-equal to cutehop.ref.ep_ll.
 
 A send hands every peer's rows to gloo, which delivers them when the peer asks, and puts a note of them into the group's
-store. A receive waits for the notes, fetches the rows and removes the notes, which tells the sender that it is done.
-A wait for a note may expire and leave everything usable; gloo would close its connections to all peers.
+store. A receive waits for the notes, fetches the rows and notes how far this rank is. A wait for a note may expire and
+leave everything usable; gloo would close its connections to all peers.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from cutehop.ref.ep_ll import has_repeated_choice, is_choice, logfmt_decode, log
 from .base import DEFAULT_TIMEOUT_S
 from .errors import EpTimeoutError
 from .gloo import _pack, _unpack
-from .ll_base import PACK, LlDispatched, LlHandle, LowLatencyBuffer
+from .ll_base import LowLatencyBuffer
 from .ll_config import GROUP, SLOTS, LlConfig
+from .ll_outputs import PACK, LlDispatched, LlHandle
 from .meeting import Meeting
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-POLL_S = 5e-4  # between looks at a note that a peer should remove
+POLL_S = 5e-4  # between looks for a note that a peer should make
 
 
 class Terms(NamedTuple):
@@ -66,7 +67,8 @@ class GlooLowLatencyBuffer(LowLatencyBuffer):
     ) -> None:
         """Collective: all ranks of `group` make their buffers in the same order, with equal configs.
 
-        group: any that torch.distributed made; its store is used, its collectives are not.
+        group: any that torch.distributed made; its store is used, its collectives are not. The process that serves the
+            store is missed by all: no mask helps.
         timeout_s: seconds that a rank waits for its peers, in here and in every call.
 
         ValueError for a config that differs between ranks, EpTimeoutError if a rank is missing.
@@ -83,6 +85,7 @@ class GlooLowLatencyBuffer(LowLatencyBuffer):
         store = group.get_group_store()
         prefix = f"cutehop/{words[0].partition(' ')[0]}"
         self._notes = PrefixStore(f"{prefix}/notes", store)
+        self._notes.set(_done(self.rank), "0")  # before the links, which need all ranks
         self._links: Any = ProcessGroupGloo(
             PrefixStore(f"{prefix}/links", store), self.rank, self.ranks, timedelta(seconds=timeout_s)
         )
@@ -225,6 +228,8 @@ class GlooLowLatencyBuffer(LowLatencyBuffer):
             if wait_stats is not None:
                 wait_stats[peer] += time.monotonic_ns() - wait_began
         del self._own[number]
+        # Masked ranks see it too: one of them may come back, and have sent before it heard of the mask.
+        self._notes.set(_done(self.rank), str(min(self._own, default=self._epoch + 1) - 1))
         return messages
 
     def _fetch(self, peer: int, number: int, terms: Terms, begin: float) -> Tensor | None:
@@ -249,13 +254,24 @@ class GlooLowLatencyBuffer(LowLatencyBuffer):
             return None
 
     def _await_readers(self, number: int) -> None:
-        """Peers have the rows of that operation: this one may use its memory."""
+        """Peers are done with that operation: the one that begins may use its memory.
+
+        A masked peer is not waited for, but may be reading what it was sent before that, so this is kept.
+        """
         begin = time.monotonic()
-        for peer, _, _ in self._unread.pop(number, []):
-            while not self._masked[peer] and self._notes.check([_note(number, self.rank, peer)]):
+        for peer, _, _ in self._unread.get(number, []):
+            while not self._masked[peer] and not self._has_done(peer, number):
                 if time.monotonic() > begin + self._timeout_s:
                     self._missed(peer, "ack", number, number - 1, begin)
                 time.sleep(POLL_S)
+        for old in [old for old in self._unread if old <= number]:
+            self._unread[old] = [kept for kept in self._unread[old] if not self._has_done(kept[0], old)]
+            if not self._unread[old]:
+                del self._unread[old]
+
+    def _has_done(self, peer: int, number: int) -> bool:
+        """Whether a peer has received that operation and all before it."""
+        return int(self._notes.get(_done(peer))) >= number
 
     def _missed(
         self, peer: int, phase: str, expected: int, got: int, begin: float, cause: Exception | None = None
@@ -297,19 +313,22 @@ class GlooLowLatencyBuffer(LowLatencyBuffer):
             deadline = time.monotonic() + self._timeout_s
             for number, offered in self._unread.items():
                 for peer, _, _ in offered:
-                    while self._is_awaited(peer, number) and time.monotonic() < deadline:
+                    while not self._is_over(peer, number) and time.monotonic() < deadline:
                         time.sleep(POLL_S)
         self._links = None
 
-    def _is_awaited(self, peer: int, number: int) -> bool:
-        """Whether a peer may still ask for the rows of that operation."""
-        if self._masked[peer] or self._notes.check([f"gone {peer}"]):
-            return False
-        return self._notes.check([_note(number, self.rank, peer)])
+    def _is_over(self, peer: int, number: int) -> bool:
+        """Whether a peer will not ask for the rows of that operation any more."""
+        return bool(self._masked[peer]) or self._notes.check([f"gone {peer}"]) or self._has_done(peer, number)
 
 
 def _note(number: int, source: int, peer: int) -> str:
     return f"{number} from {source} to {peer}"
+
+
+def _done(rank: int) -> str:
+    """Where a rank notes the last operation up to which it has received all."""
+    return f"done by {rank}"
 
 
 def _row_bytes(columns: Message) -> int:

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from tests.ranks import Pools
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak-iterations", type=int, default=300, help="length of tests/dist/test_ep_soak.py on GPUs")
+
+
 def why_no_gpu() -> str | None:
     """The reason that kernels cannot run here, or None. Asks the driver once, creates no CUDA context."""
     if not torch.cuda.is_available():

@@ -5,13 +5,12 @@ Every size is a run-time parameter, so one build of each kernel serves every sha
 
 from ...cute_kernels.jit import Program, compiled
 from .config import (
+    PARTS,
     CombineReceiveConfig,
     CombineSendConfig,
     LayoutConfig,
-    LlCombineReceiveConfig,
-    LlCombineSendConfig,
-    LlDispatchReceiveConfig,
-    LlDispatchSendConfig,
+    LlCombineConfig,
+    LlDispatchConfig,
     ReceiveConfig,
     SendConfig,
     WaitConfig,
@@ -61,29 +60,15 @@ def wait_kernel(config: WaitConfig) -> Program:
 
 
 @compiled
-def ll_dispatch_send_kernel(config: LlDispatchSendConfig) -> Program:
-    from .ll_dispatch_send import program
+def ll_dispatch_kernel(config: LlDispatchConfig) -> Program:
+    from .ll_dispatch import program
 
     return program(config)
 
 
 @compiled
-def ll_dispatch_receive_kernel(config: LlDispatchReceiveConfig) -> Program:
-    from .ll_dispatch_receive import program
-
-    return program(config)
-
-
-@compiled
-def ll_combine_send_kernel(config: LlCombineSendConfig) -> Program:
-    from .ll_combine_send import program
-
-    return program(config)
-
-
-@compiled
-def ll_combine_receive_kernel(config: LlCombineReceiveConfig) -> Program:
-    from .ll_combine_receive import program
+def ll_combine_kernel(config: LlCombineConfig) -> Program:
+    from .ll_combine import program
 
     return program(config)
 
@@ -96,7 +81,6 @@ def variants():
     yield combine_send_kernel, CombineSendConfig()
     yield combine_receive_kernel, CombineReceiveConfig()
     yield wait_kernel, WaitConfig()
-    yield ll_dispatch_send_kernel, LlDispatchSendConfig()
-    yield ll_dispatch_receive_kernel, LlDispatchReceiveConfig()
-    yield ll_combine_send_kernel, LlCombineSendConfig()
-    yield ll_combine_receive_kernel, LlCombineReceiveConfig()
+    for parts in PARTS:
+        yield ll_dispatch_kernel, LlDispatchConfig(*parts)
+        yield ll_combine_kernel, LlCombineConfig(*parts)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..config import VECTOR, round_up
 
 LAYOUT_CLUSTER = 8  # CTAs; each counts its share of the tokens, then adds up its share of the experts
-LAYOUT_THREADS = 512
+LAYOUT_THREADS = 256
 MAX_EXPERTS = 8192  # 8 ranks of 1024; int32 counters in shared memory
 
 SEND_THREADS = 1024
@@ -63,59 +63,63 @@ def ring(row_bytes: int, ring_bytes: int) -> tuple[int, int]:
     return piece, min(ring_bytes // piece, MAX_STAGES)
 
 
-# Low latency
-LL_TOKEN_WARPS = 16  # of a dispatch_send CTA: they quantise tokens, in teams
-LL_INDEX_WARPS = 4  # and these find out where each token goes
-LL_STAGE_BYTES = 163840  # shared memory for the records of a round, one per team
-LL_MAX_TEAMS = 8
-LL_IDS = 8192  # choices whose expert ids fit into shared memory; more are read from global memory
-LL_COPY_BYTES = 196608  # shared memory of a dispatch_receive CTA: a record's data per warp
-LL_COPY_WARPS = 16
-LL_REDUCE_WARPS = 16  # of a combine_receive CTA
+# Low latency, dispatch
+TOKEN_WARPS = 16  # of a sending CTA: they quantise tokens, in teams
+INDEX_WARPS = 4  # and these find out where each token goes
+MAX_TEAMS = 8
+IDS = 8192  # choices whose expert ids fit into shared memory; more are read from global memory
+COPY_WARPS = 16  # of a receiving CTA
+
+# Low latency, combine
+RINGS = 8  # warps of a sending CTA
+SEND_RING_BYTES = 24576
+REDUCE_WARPS = 16  # of a receiving CTA
 
 
 @dataclass(frozen=True)
-class LlDispatchSendConfig:
-    pass
+class LlDispatchConfig:
+    """What one launch does: send, receive, or both."""
+
+    sends: bool
+    receives: bool
 
 
 @dataclass(frozen=True)
-class LlDispatchReceiveConfig:
-    pass
+class LlCombineConfig:
+    """What one launch does: send, receive, or both."""
+
+    sends: bool
+    receives: bool
 
 
-@dataclass(frozen=True)
-class LlCombineSendConfig:
-    pass
+PARTS = ((True, False), (False, True), (True, True))
 
 
-@dataclass(frozen=True)
-class LlCombineReceiveConfig:
-    pass
+def ll_dispatch_data_bytes(config: LlDispatchConfig) -> int:
+    """Shared memory for records that are sent, a team each, and rows that are received, a warp each."""
+    if config.sends:
+        return 126976 if config.receives else 163840
+    return 196608
 
 
-def ll_teams(tokens: int, num_sms: int, record_bytes: int) -> tuple[int, int]:
-    """(CTAs, teams per CTA) of a dispatch_send: one round if it fits, and as many warps per token as there are then.
+def ll_teams(tokens: int, num_sms: int, record_bytes: int, data_bytes: int) -> tuple[int, int]:
+    """(CTAs, teams per CTA) that send: one round if it fits, and as many warps per token as there are then.
 
-    Teams are a power of two, so that LL_TOKEN_WARPS / teams is their size.
+    Teams are a power of two, so that TOKEN_WARPS / teams is their size.
     """
     ctas = max(1, min(num_sms, tokens))
-    most = min(LL_MAX_TEAMS, LL_STAGE_BYTES // record_bytes)
+    most = min(MAX_TEAMS, data_bytes // record_bytes)
     teams = 1
     while teams < -(-tokens // ctas) and 2 * teams <= most:
         teams *= 2
     return ctas, teams
 
 
-LL_RINGS = 8  # warps of a combine_send CTA
-LL_RING_BYTES = 24576
-
-
-def ll_record_bytes(row_bytes: int, scale_words: int) -> int:
-    """A record's data in the shared memory of a dispatch_receive CTA."""
+def ll_row_bytes(row_bytes: int, scale_words: int) -> int:
+    """A received record without its head, in shared memory."""
     return row_bytes + round_up(4 * scale_words, VECTOR)
 
 
-def ll_copy_warps(row_bytes: int, scale_words: int) -> int:
-    """Warps of a dispatch_receive CTA that have a record's data in shared memory, each its own."""
-    return min(LL_COPY_WARPS, LL_COPY_BYTES // ll_record_bytes(row_bytes, scale_words))
+def ll_copy_warps(row_bytes: int, scale_words: int, data_bytes: int) -> int:
+    """Warps of a receiving CTA that have a place in shared memory."""
+    return min(COPY_WARPS, data_bytes // ll_row_bytes(row_bytes, scale_words))

@@ -3,8 +3,9 @@
     is_token_in_rank[t, r] = a choice of t is on r
     num_tokens_per_rank[r] = tokens with is_token_in_rank[t, r]        num_tokens_per_expert[e] = choices of e
 
-One cluster of 8 CTAs of 512 threads. Each counts its share of the tokens in shared memory; then each adds up its share
+One cluster of 8 CTAs of 256 threads. Each counts its share of the tokens in shared memory; then each adds up its share
 of the counters of all eight. Nothing has to be zeroed in global memory, and nothing is added there. Bound by latency.
+Small enough, in threads and with the shared memory that a launch asks for, to run beside CTAs that wait for peers.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ...cute_kernels.sm90 import ptx
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import MAX_RANKS
 from .config import LAYOUT_CLUSTER, LAYOUT_THREADS, MAX_EXPERTS
-from .verbs import ld_i32, ld_i64, st_i32, st_u8
+from .verbs import ld_id, st_i32, st_u8
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,10 @@ class Layout:
         if token < a.tokens:
             for choice in cutlass.range(a.topk, unroll=4):
                 at = Int64(token) * a.topk + choice
-                expert = ld_i64(a.topk_idx + at * 8) if a.topk_idx_bytes == 8 else Int64(ld_i32(a.topk_idx + at * 4))
+                expert = ld_id(a.topk_idx, at, a.topk_idx_bytes)
                 if (expert >= 0) & (expert < a.experts):
-                    mask |= Int32(1) << (Int32(expert) // a.experts_per_rank)
-                    cute.arch.atomic_add(counters + Int32(expert), Int32(1), sem="relaxed", scope="cta")
+                    mask |= Int32(1) << (expert // a.experts_per_rank)
+                    cute.arch.atomic_add(counters + expert, Int32(1), sem="relaxed", scope="cta")
         for r in cutlass.range(ranks, unroll=1):
             there = (mask >> r) & 1
             votes = cute.arch.popc(cute.arch.vote_ballot_sync(there != 0))

@@ -2,22 +2,18 @@
 
     out[t] = sum over choices j ascending of w[t, j] * row {t, j}      f32, product and sum each rounded, then to bf16
 
-Grid (g, 1, 1), 512 threads. A warp takes 256 columns of a token, 8 per lane, four rows in flight: one token keeps many
+A warp takes 256 columns of a token, 8 per lane, four rows in flight: one token keeps many
 warps busy. The last CTA to be done acknowledges to all peers.
 """
 
 from dataclasses import dataclass
 
-import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Boolean, Float32, Int32, Int64
-from cutlass.memory import SmemAllocator
 
-from ...cute_kernels.jit import Program
 from ...cute_kernels.sm90 import ptx
-from ...cute_kernels.sm90.args import fake_args, param_kinds
-from .config import LL_REDUCE_WARPS
+from .config import REDUCE_WARPS
 from .ll_verbs import (
     ACK,
     READY,
@@ -33,15 +29,15 @@ from .verbs import (
     Group,
     is_masked,
     ld_f32,
-    ld_i32,
     ld_i64,
+    ld_id,
     ld_vector,
     may_proceed,
     st_i64,
     wait_flag,
 )
 
-THREADS = 32 * LL_REDUCE_WARPS
+THREADS = 32 * REDUCE_WARPS
 BATCH = 4  # rows whose loads are in flight together
 
 
@@ -49,7 +45,7 @@ BATCH = 4  # rows whose loads are in flight together
 class LlCombineReceiveArgs:
     """Kernel parameters in launch order. Addresses of 0 stand for what a call does not have."""
 
-    epoch: Int64  # int32 (1,), of the send
+    epoch: Int64  # int32 (1,), of the send; not read in a kernel that has just sent
     topk_idx: Int64  # int64 or int32 (tokens, topk)
     topk_idx_bytes: Int32
     topk_weights: Int64  # f32 (tokens, topk)
@@ -66,29 +62,17 @@ class LlCombineReceiveArgs:
     data_offset: Int64
 
 
-class LlCombineReceive:
-    def __init__(self):
-        @cute.struct
-        class Smem:
-            flag: cute.struct.MemRange[Int32, 4]
-
-        self.Smem = Smem
+class CombineReceiver:
+    """Part of ll_combine.LlCombine. sm: has flag."""
 
     @cute.jit
-    def __call__(self, g: Group, args: LlCombineReceiveArgs, stream: cuda.CUstream):
-        self.kernel(g, args).launch(
-            grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True
-        )
-
-    @cute.kernel
-    def kernel(self, g: Group, a: LlCombineReceiveArgs):
+    def receive(self, g: Group, a: LlCombineReceiveArgs, sm, epoch: Int32):
+        """By all threads."""
         tid, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
-        flag = SmemAllocator().allocate(self.Smem).flag.data_ptr()
-        cute.arch.griddepcontrol_wait()
-        epoch, mask, base = ld_i32(a.epoch), mask_of(g, a.elastic), base_of(g, tid)
+        mask, base = mask_of(g, a.elastic), base_of(g, tid)
         reached = Boolean(True)
         if tid < g.ranks:
             start = cute.arch.globaltimer()
@@ -101,9 +85,9 @@ class LlCombineReceive:
             start_next_kernel()
             pieces = (a.hidden + 255) // 256
             memory = g.own + a.data_offset + Int64(slot_of(epoch)) * a.slot_bytes
-            for i in cutlass.range(warp * ctas + cta, a.tokens * pieces, LL_REDUCE_WARPS * ctas, unroll=1):
+            for i in cutlass.range(warp * ctas + cta, a.tokens * pieces, REDUCE_WARPS * ctas, unroll=1):
                 self.reduce(g, a, memory, mask, i // pieces, i % pieces * 256 + lane * 8, lane)
-        finish(g, ACK, "combine_receive", epoch, mask, False, go, base, flag)
+        finish(g, ACK, "combine_receive", epoch, mask, False, go, base, sm.flag.data_ptr())
 
     @cute.jit
     def reduce(
@@ -141,26 +125,9 @@ class LlCombineReceive:
     def choice(self, g: Group, a: LlCombineReceiveArgs, mask: Int64, token: Int32, choice: Int32):
         """Where the row of a choice lies, and its weight."""
         i = token * a.topk + choice
-        expert = ld_i32(a.topk_idx + Int64(i) * a.topk_idx_bytes)
-        if a.topk_idx_bytes == 8:
-            if ld_i32(a.topk_idx + Int64(i) * 8 + 4) != expert >> 31:  # an int64 that is no int32
-                expert = Int32(-1)
+        expert = ld_id(a.topk_idx, i, a.topk_idx_bytes)
         row = Int32(-1)
         if (expert >= 0) & (expert < a.experts):
             if not is_masked(mask, expert // a.experts_per_rank):
                 row = token * a.max_topk + choice
         return row, ld_f32(a.topk_weights + Int64(i) * 4)
-
-
-def program(config) -> Program:
-    """The host function and the fake arguments that compile it."""
-    kernel = LlCombineReceive()
-    kernel.kernel.set_name_prefix("cutehop_ep_ll_combine_receive", remove_cutlass_symbol=True, keep_mangled_name=False)
-    return Program(
-        host=kernel,
-        args=(fake_args(Group), fake_args(LlCombineReceiveArgs), cuda.CUstream(0)),
-        threads=THREADS,
-        smem_bytes=kernel.Smem.size_in_bytes(),
-        pdl=True,
-        params=param_kinds(Group) + param_kinds(LlCombineReceiveArgs),
-    )

@@ -3,24 +3,20 @@
     out[e, base[e, s] + row] = record of source s      for each of its choices {e, row} that is mine
     base[e, s] = rows of expert e from sources before s
 
-Grid (g, 1, 1), 512 threads. Every CTA waits for the counts, which arrive by themselves, adds them up and waits for the
+Every CTA waits for the counts, which arrive by themselves, adds them up and waits for the
 data; then each warp takes records: one bulk load into shared memory, one bulk store per choice, scales column by
 column. CTA 0 writes the counts. The last CTA to be done acknowledges to all peers.
 """
 
 from dataclasses import dataclass
 
-import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64, Uint8
 from cutlass.experimental import primitives as prims
-from cutlass.memory import SmemAllocator
 
-from ...cute_kernels.jit import Program
-from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import MAX_RANKS
-from .config import LL_COPY_BYTES, LL_COPY_WARPS, MAX_EXPERTS
+from .config import COPY_WARPS, MAX_EXPERTS
 from .ll_verbs import (
     ACK,
     COUNTS,
@@ -45,7 +41,7 @@ from .verbs import (
     wait_flag,
 )
 
-THREADS = 32 * LL_COPY_WARPS
+THREADS = 32 * COPY_WARPS  # of a CTA that only receives; more may be there
 COUNT_THREADS = THREADS - 32
 
 
@@ -53,7 +49,7 @@ COUNT_THREADS = THREADS - 32
 class LlDispatchReceiveArgs:
     """Kernel parameters in launch order. Addresses of 0 stand for what a call does not have."""
 
-    epoch: Int64  # int32 (1,), of the send
+    epoch: Int64  # int32 (1,), of the send; not read in a kernel that has just sent
     topk: Int32
     row_bytes: Int32  # columns of a row
     scale_words: Int32  # 32-bit words of scales per row
@@ -77,33 +73,16 @@ class LlDispatchReceiveArgs:
     data_offset: Int64
 
 
-class LlDispatchReceive:
-    def __init__(self):
-        @cute.struct
-        class Smem:
-            firsts: cute.struct.MemRange[Int32, MAX_EXPERTS]  # (expert, source): rows, then first row
-            records: cute.struct.MemRange[Int32, MAX_RANKS]  # of each source
-            full: cute.struct.MemRange[Int64, LL_COPY_WARPS]
-            flag: cute.struct.MemRange[Int32, 4]
-            rows: cute.struct.Align[cute.struct.MemRange[Uint8, LL_COPY_BYTES], 128]  # last: a launch may have less
-
-        self.Smem = Smem
+class DispatchReceiver:
+    """Part of ll_dispatch.LlDispatch. sm: has firsts, arrived, full, flag and data, the rows."""
 
     @cute.jit
-    def __call__(self, g: Group, args: LlDispatchReceiveArgs, stream: cuda.CUstream):
-        self.kernel(g, args).launch(
-            grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True
-        )
-
-    @cute.kernel
-    def kernel(self, g: Group, a: LlDispatchReceiveArgs):
+    def receive(self, g: Group, a: LlDispatchReceiveArgs, sm, epoch: Int32):
+        """By all threads."""
         tid, _, _ = cute.arch.thread_idx()
         warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
-        sm = SmemAllocator().allocate(self.Smem)
-        flag = sm.flag.data_ptr()
-        cute.arch.griddepcontrol_wait()
-        epoch, mask, base = ld_i32(a.epoch), mask_of(g, a.elastic), base_of(g, tid)
-        if tid < LL_COPY_WARPS:
+        mask, base = mask_of(g, a.elastic), base_of(g, tid)
+        if tid < COPY_WARPS:
             cute.arch.mbarrier_init(sm.full.data_ptr() + tid, 1)
         cute.arch.mbarrier_init_fence()
         go = self.wait(g, a, sm, epoch, mask)
@@ -115,7 +94,7 @@ class LlDispatchReceive:
             cute.arch.sync_threads()
             if warp < a.warps:
                 self.copy_records(g, a, sm, epoch, warp, lane)
-        finish(g, ACK, "dispatch_receive", epoch, mask, False, go, base, flag)
+        finish(g, ACK, "dispatch_receive", epoch, mask, False, go, base, sm.flag.data_ptr())
 
     @cute.jit
     def wait(self, g: Group, a: LlDispatchReceiveArgs, sm, epoch: Int32, mask: Int64):
@@ -123,18 +102,18 @@ class LlDispatchReceive:
         tid, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         rows = sm.firsts.get_tensor(cute.make_layout(MAX_EXPERTS))
-        records = sm.records.get_tensor(cute.make_layout(MAX_RANKS))
+        records = sm.arrived.get_tensor(cute.make_layout(MAX_RANKS))
         words = 1 + a.experts_per_rank
         start = cute.arch.globaltimer()
         reached = Boolean(True)
-        if tid >= COUNT_THREADS:  # the last warp waits for the data meanwhile
+        if (tid >= COUNT_THREADS) & (tid < THREADS):  # one warp waits for the data meanwhile
             source = tid - COUNT_THREADS
             if source < g.ranks:
                 reached = wait_flag(g, g.own + line(READY, epoch, source), epoch, source, PHASE["ll_ready"], mask)
                 if (cta == 0) & (a.wait_stats != 0):
                     place = a.wait_stats + Int64(source) * 8
                     st_i64(place, ld_i64(place) + (cute.arch.globaltimer() - start))
-        else:
+        elif tid < COUNT_THREADS:
             for i in cutlass.range(tid, g.ranks * words, COUNT_THREADS, unroll=1):
                 source, word = i // words, i % words
                 at = Int64(slot_of(epoch) * g.ranks + source) * a.counts_bytes + COUNTS + word * 8
@@ -178,10 +157,10 @@ class LlDispatchReceive:
     def copy_records(self, g: Group, a: LlDispatchReceiveArgs, sm, epoch: Int32, warp: Int32, lane: Int32):
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
-        records = sm.records.get_tensor(cute.make_layout(MAX_RANKS))
+        records = sm.arrived.get_tensor(cute.make_layout(MAX_RANKS))
         memory = g.own + a.data_offset + Int64(slot_of(epoch)) * a.slot_bytes
         size = a.row_bytes + (a.scale_words * 4 + 15) // 16 * 16
-        place = sm.rows.data_ptr() + warp * size
+        place = sm.data.data_ptr() + warp * size
         full, phase = sm.full.data_ptr() + warp, Int32(0)
         source, skipped = Int32(0), Int32(0)  # sources before this one have `skipped` records
         total = Int32(0)
@@ -237,17 +216,3 @@ class LlDispatchReceive:
                 block = a.scales + (Int64(to // rows) * a.scale_words * rows + to % rows) * 4
                 for w in cutlass.range(lane, a.scale_words, 32, unroll=1):
                     st_i32(block + Int64(w) * rows * 4, words[w])
-
-
-def program(config) -> Program:
-    """The host function and the fake arguments that compile it."""
-    kernel = LlDispatchReceive()
-    kernel.kernel.set_name_prefix("cutehop_ep_ll_dispatch_receive", remove_cutlass_symbol=True, keep_mangled_name=False)
-    return Program(
-        host=kernel,
-        args=(fake_args(Group), fake_args(LlDispatchReceiveArgs), cuda.CUstream(0)),
-        threads=THREADS,
-        smem_bytes=kernel.Smem.size_in_bytes(),
-        pdl=True,
-        params=param_kinds(Group) + param_kinds(LlDispatchReceiveArgs),
-    )

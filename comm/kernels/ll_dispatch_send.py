@@ -3,7 +3,7 @@
     record = head {token, {expert, row among my choices of that expert} per choice} | columns | scales
     place  = slot of the epoch, my part, index of the token among those I send to that rank
 
-Grid (g, 1, 1), 640 threads. In rounds, a token per team:
+In rounds, a token per team:
 
     16 token warps  in teams of 2 to 16: bf16 columns to e4m3 with a scale per 128 columns (or the columns as they are)
     4 index warps   expert ids into shared memory; in CTA 0, counts to all peers; then the heads of the round's tokens
@@ -15,19 +15,15 @@ tokens by pushing. The last CTA to be done sends `ready`.
 
 from dataclasses import dataclass
 
-import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, Uint8
+from cutlass import Boolean, Float32, Int32, Int64, Uint8, const_expr
 from cutlass.experimental import primitives as prims
-from cutlass.memory import SmemAllocator
 
-from ...cute_kernels.jit import Program
 from ...cute_kernels.sm90 import ptx
-from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import MAX_RANKS
 from ..ll_config import MAX_TOPK, SLOTS
-from .config import LL_IDS, LL_INDEX_WARPS, LL_MAX_TEAMS, LL_STAGE_BYTES, LL_TOKEN_WARPS, MAX_EXPERTS
+from .config import IDS, INDEX_WARPS, TOKEN_WARPS
 from .ll_verbs import (
     ACK,
     COUNTS,
@@ -45,16 +41,17 @@ from .verbs import (
     PHASE,
     Group,
     is_masked,
-    ld_i32,
+    ld_id,
     ld_vector,
     may_proceed,
+    peer_base,
     send_count,
     st_i32,
     wait_flag,
 )
 
-TOKEN_THREADS = 32 * LL_TOKEN_WARPS
-INDEX_THREADS = 32 * LL_INDEX_WARPS
+TOKEN_THREADS = 32 * TOKEN_WARPS
+INDEX_THREADS = 32 * INDEX_WARPS
 THREADS = TOKEN_THREADS + INDEX_THREADS
 INDEX_BARRIER = 1
 BF16, F32_SCALES, POW2_SCALES, UE8M0_SCALES = range(4)  # LlDispatchSendArgs.format
@@ -86,52 +83,30 @@ class LlDispatchSendArgs:
     data_offset: Int64
 
 
-class LlDispatchSend:
-    def __init__(self):
-        @cute.struct
-        class Smem:
-            ids: cute.struct.MemRange[Int32, LL_IDS]
-            counters: cute.struct.MemRange[
-                Int32, MAX_EXPERTS + MAX_RANKS
-            ]  # CTA 0: choices of experts, tokens for ranks
-            heads: cute.struct.MemRange[Int32, LL_MAX_TEAMS * HEAD_WORDS]
-            index: cute.struct.MemRange[Int32, LL_MAX_TEAMS * MAX_RANKS]  # of the team's token at each rank, or -1
-            bases: cute.struct.MemRange[Int64, MAX_RANKS]
-            flag: cute.struct.MemRange[Int32, 4]
-            records: cute.struct.Align[cute.struct.MemRange[Uint8, LL_STAGE_BYTES], 128]  # last: a launch may have less
+class DispatchSender:
+    """Part of ll_dispatch.LlDispatch. sm: has ids, counters, heads, index, bases, flag and data, the records."""
 
-        self.Smem = Smem
+    receives: bool
 
     @cute.jit
-    def __call__(self, g: Group, args: LlDispatchSendArgs, stream: cuda.CUstream):
-        self.kernel(g, args).launch(
-            grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True
-        )
-
-    @cute.kernel
-    def kernel(self, g: Group, a: LlDispatchSendArgs):
+    def send(self, g: Group, a: LlDispatchSendArgs, sm):
+        """By all threads; returns the epoch and whether this CTA did its work."""
         tid, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
-        sm = SmemAllocator().allocate(self.Smem)
-        flag = sm.flag.data_ptr()
-        cute.arch.griddepcontrol_wait()
         epoch, mask, base = next_epoch(g), mask_of(g, a.elastic), base_of(g, tid)
-        bases = sm.bases.get_tensor(cute.make_layout(MAX_RANKS))
-        if tid < g.ranks:
-            bases[tid] = base
         if (cta == 0) & (tid == 0):
             st_i32(a.epoch, epoch)
         go = Boolean(True)
-        if warp >= LL_TOKEN_WARPS:
+        if (warp >= TOKEN_WARPS) & (warp < TOKEN_WARPS + INDEX_WARPS):
             go = self.index_begin(g, a, sm, epoch, mask, tid - TOKEN_THREADS)
         # Packing touches no peer, so it does not wait for them; the barrier before the first push does.
         rounds = (a.tokens + ctas * a.teams - 1) // (ctas * a.teams)
         for r in cutlass.range(rounds, unroll=1):
             first = r * a.teams * ctas + cta  # token of team 0; the next team's is `ctas` further
-            if warp >= LL_TOKEN_WARPS:
-                for team in cutlass.range(warp - LL_TOKEN_WARPS, a.teams, LL_INDEX_WARPS, unroll=1):
+            if warp >= TOKEN_WARPS:
+                for team in cutlass.range(warp - TOKEN_WARPS, a.teams, INDEX_WARPS, unroll=1):
                     if first + team * ctas < a.tokens:
                         self.make_head(g, a, sm, first + team * ctas, team, lane)
             else:
@@ -142,9 +117,12 @@ class LlDispatchSend:
                 if first + warp * ctas < a.tokens:
                     self.push(g, a, sm, epoch, mask, warp, lane)
             cute.arch.sync_threads()
-        start_next_kernel()
+        go = may_proceed(g, go)
+        if const_expr(not self.receives):
+            start_next_kernel()
         cute.arch.cp_async_bulk_wait_group(0)
-        finish(g, READY, "dispatch_send", epoch, mask, True, may_proceed(g, go), base, flag)
+        finish(g, READY, "dispatch_send", epoch, mask, True, go, base, sm.flag.data_ptr())
+        return epoch, go
 
     @cute.jit
     def index_begin(self, g: Group, a: LlDispatchSendArgs, sm, epoch: Int32, mask: Int64, thread: Int32):
@@ -153,6 +131,7 @@ class LlDispatchSend:
         self.load_ids(a, sm, thread)
         reached = Boolean(True)
         if thread < g.ranks:
+            sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[thread] = peer_base(g, thread)
             reached = wait_flag(g, g.own + line(ACK, epoch, thread), epoch - SLOTS, thread, PHASE["ll_ack"], mask)
         go = may_proceed(g, reached, INDEX_BARRIER, INDEX_THREADS)
         if go & (cta == 0):
@@ -162,24 +141,21 @@ class LlDispatchSend:
     @cute.jit
     def id_of(self, a: LlDispatchSendArgs, i: Int32):
         """Expert of choice i of all, -1 for none."""
-        expert = ld_i32(a.topk_idx + Int64(i) * a.topk_idx_bytes)
-        if a.topk_idx_bytes == 8:
-            if ld_i32(a.topk_idx + Int64(i) * 8 + 4) != expert >> 31:  # an int64 that is no int32
-                expert = Int32(-1)
+        expert = ld_id(a.topk_idx, i, a.topk_idx_bytes)
         return expert if (expert >= 0) & (expert < a.experts) else Int32(-1)
 
     @cute.jit
     def load_ids(self, a: LlDispatchSendArgs, sm, thread: Int32):
-        ids = sm.ids.get_tensor(cute.make_layout(LL_IDS))
+        ids = sm.ids.get_tensor(cute.make_layout(IDS))
         choices = a.tokens * a.topk
-        choices = choices if choices < LL_IDS else Int32(LL_IDS)
+        choices = choices if choices < IDS else Int32(IDS)
         for i in cutlass.range(thread, choices, INDEX_THREADS, unroll=4):
             ids[i] = self.id_of(a, i)
 
     @cute.jit
     def get_id(self, a: LlDispatchSendArgs, sm, i: Int32):
-        ids = sm.ids.get_tensor(cute.make_layout(LL_IDS))
-        return ids[i] if i < LL_IDS else self.id_of(a, i)
+        ids = sm.ids.get_tensor(cute.make_layout(IDS))
+        return ids[i] if i < IDS else self.id_of(a, i)
 
     @cute.jit
     def send_counts(self, g: Group, a: LlDispatchSendArgs, sm, epoch: Int32, mask: Int64, thread: Int32):
@@ -262,11 +238,11 @@ class LlDispatchSend:
     @cute.jit
     def pack(self, a: LlDispatchSendArgs, sm, warp: Int32, lane: Int32, first: Int32, ctas: Int32):
         """Columns and scales of the record of this warp's team; a step is 256 columns, 8 per lane."""
-        size = LL_TOKEN_WARPS // a.teams
+        size = TOKEN_WARPS // a.teams
         team = warp // size
         token = first + team * ctas
         if token < a.tokens:
-            record = sm.records.data_ptr() + team * a.record_bytes + a.head_bytes
+            record = sm.data.data_ptr() + team * a.record_bytes + a.head_bytes
             row = a.x + Int64(token) * a.hidden * 2
             for column in cutlass.range((warp % size) * 256 + lane * 8, a.hidden, size * 256, unroll=1):
                 words = ld_vector(row + Int64(column) * 2)
@@ -313,7 +289,7 @@ class LlDispatchSend:
     def push(self, g: Group, a: LlDispatchSendArgs, sm, epoch: Int32, mask: Int64, team: Int32, lane: Int32):
         """By one warp: the head into the record, then the record to every rank, a lane each."""
         head = cute.make_tensor(sm.heads.data_ptr() + team * HEAD_WORDS, cute.make_layout(HEAD_WORDS))
-        record = sm.records.data_ptr() + team * a.record_bytes
+        record = sm.data.data_ptr() + team * a.record_bytes
         words = cute.make_tensor(cute.recast_ptr(record, dtype=Int32), cute.make_layout(HEAD_WORDS))
         for i in cutlass.range(lane, 2 + 2 * a.topk, 32, unroll=1):
             words[i] = head[i]
@@ -340,17 +316,3 @@ class LlDispatchSend:
                     )
         cute.arch.cp_async_bulk_commit_group()
         cute.arch.cp_async_bulk_wait_group(0, read=True)  # before the next round overwrites the record
-
-
-def program(config) -> Program:
-    """The host function and the fake arguments that compile it."""
-    kernel = LlDispatchSend()
-    kernel.kernel.set_name_prefix("cutehop_ep_ll_dispatch_send", remove_cutlass_symbol=True, keep_mangled_name=False)
-    return Program(
-        host=kernel,
-        args=(fake_args(Group), fake_args(LlDispatchSendArgs), cuda.CUstream(0)),
-        threads=THREADS,
-        smem_bytes=kernel.Smem.size_in_bytes(),
-        pdl=True,
-        params=param_kinds(Group) + param_kinds(LlDispatchSendArgs),
-    )

@@ -33,6 +33,7 @@ from .verbs import (
     in_batches,
     last_to_arrive,
     ld_i32,
+    ld_id,
     ld_u8,
     may_proceed,
     peer_base,
@@ -196,8 +197,8 @@ class Send:
             )
         if a.topk_idx != 0:
 
-            def load(i):  # of an id the low word, which holds it, -1 too
-                return ld_i32(a.topk_idx + Int64(i) * a.topk_idx_bytes), ld_i32(a.topk_weights + Int64(i) * 4)
+            def load(i):
+                return ld_id(a.topk_idx, i, a.topk_idx_bytes), ld_i32(a.topk_weights + Int64(i) * 4)
 
             def store(i, choice):
                 record = g.own + a.topk_offset + Int64(i // a.topk) * a.topk_row_bytes + i % a.topk * 4
@@ -224,6 +225,7 @@ class Send:
                 report(g, tid, PHASE["rows"], rows, a.max_recv_rows, Int64(0))
             if (tid == g.rank) & (a.out_rows > 0) & (rows > a.out_rows):
                 report(g, tid, PHASE["rows"], rows, a.out_rows, Int64(0))
+        cute.arch.sync_threads()  # what one thread has reported keeps all from telling the host
         for expert in cutlass.range(tid, a.experts_per_rank, SEND_THREADS, unroll=1):
             choices = Int32(0)
             for source in cutlass.range(g.ranks, unroll=1):

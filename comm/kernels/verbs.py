@@ -55,6 +55,16 @@ def ld_u8(address):
     return cute.arch.inline_ptx("ld.global.u8 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
 
 
+@cute.jit
+def ld_id(ids, i, id_bytes):
+    """Element i of int64 or int32 expert ids; one that needs more than 32 bits becomes -1, which is no expert."""
+    expert = ld_i32(ids + Int64(i) * id_bytes)
+    if id_bytes == 8:
+        if ld_i32(ids + Int64(i) * 8 + 4) != expert >> 31:
+            expert = Int32(-1)
+    return expert
+
+
 def ld_f32(address):
     return ld_i32(address).bitcast(Float32)
 

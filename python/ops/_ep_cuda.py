@@ -35,4 +35,5 @@ def layout(
             num_tokens_per_rank.data_ptr(),
             num_tokens_per_expert.data_ptr(),
             is_token_in_rank.data_ptr(),
+            smem_bytes=4 * (num_experts + num_ranks),
         )

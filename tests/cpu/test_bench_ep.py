@@ -23,8 +23,8 @@ ONE_GPU = Setting(8, 1)
 TWO_GPUS = Setting(2, 2, experts=64, sms=(8, 24, 48))
 TINY = Setting(2, 0, tokens=24, hidden=144, topk=3, experts=6, sms=(0,), repeats=2)
 BF16, FP8 = 2 * 7168, 7168 + 4 * 56  # bytes of a row
-CEILINGS = EpCeilings(copy_gbs=2980, peer_copy_gbs=None)
-LINKED = EpCeilings(copy_gbs=2980, peer_copy_gbs=365)
+CEILINGS = EpCeilings(stream_gbs=2980, peer_copy_gbs=None)
+LINKED = EpCeilings(stream_gbs=2980, peer_copy_gbs=365)
 
 
 def job(name: str = "dispatch-bf16", sms: int | None = 16, moved: Moved | None = None) -> Job:
@@ -276,7 +276,7 @@ def test_table():
     )
     assert notes == [
         f"{sizes}. Rows received per rank: 21736, remote: 19019.",
-        "Measured in the same run: copy 2980 GB/s.",
+        "Measured in the same run: memory 2980 GB/s.",
         f"Buffer creation 3.50 s (limit 6 s met); heap 529,932,288 bytes per rank by EpLayout, {taken} per rank.",
         "DeepEP V1: 567632d, same set-up, another run.",
         "dispatch-fp8 failed: rank 1: rows: 1 of 9 rows are wrong",
@@ -314,7 +314,7 @@ def test_command_line():
 
 def test_ceilings_of_a_cpu():
     measured = measure(TINY, CPU)
-    assert measured.copy_gbs > 0
+    assert measured.stream_gbs > 0
     assert measured.peer_copy_gbs is None
 
 

@@ -21,10 +21,10 @@ PEER_REPEATS = 10
 
 @dataclass(frozen=True)
 class EpCeilings:
-    """In 10^9 bytes per second. copy_gbs: one GPU's memory, bytes read and written. peer_copy_gbs: from one GPU to
-    another, one way, by the copy engine; None if there is one GPU or none."""
+    """In 10^9 bytes per second. stream_gbs: one GPU's memory, the better of a copy (bytes read and written) and a
+    read-only sum. peer_copy_gbs: one way to another GPU, by the copy engine; None if there is one GPU or none."""
 
-    copy_gbs: float
+    stream_gbs: float
     peer_copy_gbs: float | None
 
 
@@ -33,10 +33,15 @@ def measure(setting: Setting, device: torch.device) -> EpCeilings:
     sizes = GPU_SIZES if device.type == "cuda" else CPU_SIZES
     source = torch.ones(sizes.stream_bytes // 4, device=device)
     target = torch.empty_like(source)
-    lane = make_lane(lambda: target.copy_(source), device)
-    copy_us = statistics.median(lane.run(2) for _ in range(sizes.repeats))
+    copy_us, read_us = (_median_us(call, device, sizes.repeats) for call in (lambda: target.copy_(source), source.sum))
     peer = None if setting.shared else _peer_copy_gbs(device)
-    return EpCeilings(2 * sizes.stream_bytes / copy_us / 1e3, peer)
+    return EpCeilings(sizes.stream_bytes / min(copy_us / 2, read_us) / 1e3, peer)
+
+
+def _median_us(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    lane = make_lane(call, device)
+    lane.run(10)  # the clocks are low after ranks have waited for each other
+    return statistics.median(lane.run(2) for _ in range(repeats))
 
 
 def _peer_copy_gbs(device: torch.device) -> float:

@@ -122,13 +122,13 @@ class Bench:
 
 def _header(command: str, device: torch.device) -> reports.Report:
     """When, where, what, how."""
-    status = common._git("status", "--porcelain", "--untracked-files=no")
+    status = common.git("status", "--porcelain", "--untracked-files=no")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "git_commit": common._git("rev-parse", "HEAD"),
+        "git_commit": common.git("rev-parse", "HEAD"),
         "git_modified": None if status is None else bool(status),
         "command": command,
-        "machine": common._machine(device),
+        "machine": common.machine_of(device),
     }
 
 

@@ -25,7 +25,7 @@ def new_report(setting: Setting, ceilings: EpCeilings, buffer: Report, traffic: 
         **header,
         "setting": setting.json() | {"shared": setting.shared},
         "ceilings": {
-            "copy_gbs": ceilings.copy_gbs,
+            "stream_gbs": ceilings.stream_gbs,
             "peer_copy_gbs": ceilings.peer_copy_gbs,
             "sm_write_gbs": SM_WRITE_GBS,
         },
@@ -91,7 +91,7 @@ def row_record(
 def _floors(moved: Sequence[Moved], sms: int | None, setting: Setting, ceilings: EpCeilings) -> dict[str, float]:
     """Least us that the bytes leave: through memory, over the link, and out of the SMs that the call may use."""
     through_one_memory = sum if setting.shared else max
-    floors = {"memory": through_one_memory(m.memory for m in moved) / ceilings.copy_gbs / 1e3}
+    floors = {"memory": through_one_memory(m.memory for m in moved) / ceilings.stream_gbs / 1e3}
     if ceilings.peer_copy_gbs is not None:
         floors["wire"] = max(m.remote for m in moved) / ceilings.peer_copy_gbs / 1e3
     if sms:
@@ -182,7 +182,7 @@ def _notes(report: Report) -> list[str]:
     created = f"Buffer creation {buffer['creation_s']:.2f} s{_creation_verdict(buffer)}"
     notes = [
         f"{setting['ranks']} ranks on {where}, {sizes}. Rows received per rank: {received:.0f}, remote: {remote:.0f}.",
-        f"Measured in the same run: copy {ceilings['copy_gbs']:.0f} GB/s{peer}.",
+        f"Measured in the same run: memory {ceilings['stream_gbs']:.0f} GB/s{peer}.",
         f"{created}; heap {buffer['heap_bytes']:,} bytes per rank by EpLayout{_taken(buffer)}.",
     ]
     if any(not row["failed"] and row["deepep_us"] is not None for row in report["rows"]):

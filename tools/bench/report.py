@@ -30,15 +30,15 @@ def new_report(
     implementations: Sequence[Implementation], ceilings: Ceilings, device: torch.device, settings: Report
 ) -> Report:
     """Everything but the rows: when, where, what, how."""
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    status = git("status", "--porcelain", "--untracked-files=no")
     return {
         "schema": SCHEMA,
         "bench": "mla",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "git_commit": _git("rev-parse", "HEAD"),
+        "git_commit": git("rev-parse", "HEAD"),
         "git_modified": None if status is None else bool(status),
         "command": f"python -m tools.bench.mla {' '.join(sys.argv[1:])}".strip(),
-        "machine": _machine(device),
+        "machine": machine_of(device),
         "settings": settings,
         "implementations": [{"name": x.name, "version": x.version} for x in implementations],
         "ceilings": {
@@ -196,7 +196,7 @@ def _time(result: Report) -> str:
     return f"{result['median_us']:.1f} ±{(result['q3_us'] - result['q1_us']) / 2:.1f}"
 
 
-def _machine(device: torch.device) -> Report:
+def machine_of(device: torch.device) -> Report:
     machine: Report = {"device": platform.processor() or platform.machine(), "sms": None, "driver": None}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -208,7 +208,7 @@ def _driver() -> str | None:
     return _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
 
 
-def _git(*args: str) -> str | None:
+def git(*args: str) -> str | None:
     return _output(["git", "-C", str(ROOT), *args])
 
 
