@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from abc import ABC, abstractmethod
+from operator import index
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -111,11 +112,13 @@ class Buffer(ABC):
     name: unique in the process; ops name the buffer by it.
     group, rank, ranks, config, device: as given; all ranks use equal configs.
     num_sms: CTAs of a call that does not say otherwise; 0 where nothing runs on a GPU.
+    max_num_sms: the most that a call may use, the GPU's SMs shared among the ranks on it; 0 likewise.
 
     Errors of every method: RuntimeError after destroy() or while the memory is released, EpTimeoutError (a
     RuntimeError) once a wait for a peer has expired, TypeError and ValueError for arguments.
     """
 
+    max_num_sms = 0
     _open = False  # a constructor that raised leaves nothing to warn about
 
     def __init__(
@@ -130,6 +133,9 @@ class Buffer(ABC):
         self.name = _free_name() if name is None else name
         self.group, self.rank, self.ranks = group, group.rank(), group.size()
         self.config, self.device, self.num_sms = config, device, num_sms
+        self._check_dispatch = checks.Once(checks.check_dispatch_fits, config, device)
+        self._check_cached = checks.Once(checks.check_cached_fits, config, device)
+        self._check_combine = checks.Once(checks.check_combine_fits, config, device)
         self._inputs: tuple[InputRegion, InputRegion] | None = None
 
     def _opened(self) -> None:
@@ -161,14 +167,15 @@ class Buffer(ABC):
             fails here, and on the other ranks at the deadline.
         """
         first, _ = self._ready()
-        arguments = (x, scales, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert)
-        checks.check_dispatch(*arguments, num_worst_tokens)
-        checks.check_dispatch_fits(self.config, self.device, *arguments, num_worst_tokens)
+        num_worst_tokens = index(num_worst_tokens)
+        tensors = (x, scales, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert)
+        self._check_dispatch(tensors, num_worst_tokens)
         in_place = first.holds(x)
         first.spend()
         return self._dispatch(
-            *arguments, num_worst_tokens=num_worst_tokens, in_place=in_place, num_sms=num_sms or self.num_sms
-        )
+            x, scales, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert,
+            num_worst_tokens=num_worst_tokens, in_place=in_place, num_sms=num_sms or self.num_sms,
+        )  # fmt: skip
 
     def dispatch_cached(
         self, x: Tensor, scales: Tensor | None, handle: EpHandle, *, num_sms: int | None = None
@@ -178,8 +185,7 @@ class Buffer(ABC):
         x, scales: as for dispatch, with that dispatch's n, but any H and dtype.
         """
         first, _ = self._ready()
-        checks.check_cached(x, scales, *handle)
-        checks.check_cached_fits(self.config, self.device, x, scales, *handle)
+        self._check_cached((x, scales, *handle))
         in_place = first.holds(x)
         first.spend()
         return self._dispatch_cached(x, scales, handle, in_place=in_place, num_sms=num_sms or self.num_sms)
@@ -203,8 +209,7 @@ class Buffer(ABC):
         Returns combined_x bfloat16 (n, H) and combined_topk_weights float32 (n, k), or None.
         """
         _, second = self._ready()
-        checks.check_combine(y, topk_weights, bias_0, bias_1, *handle)
-        checks.check_combine_fits(self.config, self.device, y, topk_weights, bias_0, bias_1, *handle)
+        self._check_combine((y, topk_weights, bias_0, bias_1, *handle))
         in_place = second.holds(y)
         second.spend()
         return self._combine(

@@ -6,6 +6,7 @@ It owns the symmetric memory and launches the kernels of comm/kernels. README.md
 from __future__ import annotations
 
 import time
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from .config import EpConfig
+
+_NO_SCALES = (0, 0, 0, 0)
+_NO_TOPK = (0, 0, 0, 0)
+_NO_LISTS = (0, 0, 0, 0, 0, 0)
+_ring = lru_cache(sizes.ring)
 
 
 class CudaBuffer(Buffer):
@@ -58,6 +64,7 @@ class CudaBuffer(Buffer):
             self._combine_receive = kernels.combine_receive_kernel(sizes.CombineReceiveConfig(), stream)
             self._wait = kernels.wait_kernel(sizes.WaitConfig(), stream)
         self._memory = PeerMemory(group, device, provider, at.heap_bytes, at.host_bytes, at.error.offset, timeout_s)
+        self.max_num_sms = self._memory.max_sms
         self._memory.check_sms(num_sms)
         self._recv_counts = words(self._memory.host, at.recv_counts.offset, at.recv_counts.items)
         self._recv_counts_address = self._memory.host.data_ptr() + at.recv_counts.offset
@@ -74,6 +81,7 @@ class CudaBuffer(Buffer):
         lists, topk = (at.send_lists.offset, at.send_lists.item_bytes), (at.topk.offset, at.topk.item_bytes)
         rows = (*lists, *topk, at.x_scales.offset, at.x_scales.item_bytes, at.x.offset)
         counts = (at.expert_counts.offset, at.expert_counts.item_bytes)
+        self._experts_per_rank = config.experts_per_rank
         self._send_regions = (config.recv_rows, config.max_topk, *counts, *rows)
         self._receive_regions = (config.experts_per_rank, config.max_topk, *rows)
         self._combine_regions = (at.y_weights.offset, at.y_weights.item_bytes, at.y.offset)
@@ -105,7 +113,7 @@ class CudaBuffer(Buffer):
         in_place: bool,
         num_sms: int,
     ) -> Dispatched:
-        stream = self._memory.stream(self.name)
+        stream, ctas, x = self._memory.stream(self.name), self._memory.check_sms(num_sms), aligned(x)
         ticket = 0
         if num_worst_tokens == 0:
             check(
@@ -115,117 +123,107 @@ class CudaBuffer(Buffer):
                 RuntimeError,
             )
             ticket = self._ticket = self._ticket % 0x7FFFFFFF + 1
-        counts = outputs.counts(is_token_in_rank, num_tokens_per_expert)
-        x = aligned(x)
+        per_expert, matrix, send_row = outputs.counts(is_token_in_rank, num_tokens_per_expert)
+        made_lists = (
+            send_row.data_ptr(), matrix.data_ptr(), per_expert.data_ptr(), self._recv_counts_address, ticket,
+            num_worst_tokens,
+        )  # fmt: skip
         self._launch_send(
-            stream, x, scales, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert, counts,
-            ticket, num_worst_tokens, in_place, num_sms,
+            ctas, stream, 1, x, is_token_in_rank.data_ptr(), num_tokens_per_expert.data_ptr(), in_place, scales,
+            _topk_args(topk_idx, topk_weights), made_lists,
         )  # fmt: skip
         num_rows, choices = num_worst_tokens, []
-        if ticket:
-            num_rows, *choices = self._await_counts(ticket)
-        rows = outputs.rows(x, scales, topk_idx, topk_weights, num_rows)
-        self._launch_receive(
-            stream, True, counts.rank_prefix_matrix, rows.recv_src_idx, rows.recv_x, rows.recv_scales,
-            rows.recv_topk_idx, rows.recv_topk_weights, num_sms,
-        )  # fmt: skip
-        handle = EpHandle(counts.rank_prefix_matrix, rows.recv_src_idx, is_token_in_rank, counts.send_row)
-        return Dispatched(*rows[:4], counts.num_recv_tokens_per_expert, choices, handle)
+        try:
+            if ticket:
+                num_rows, *choices = self._await_counts(ticket)
+            recv = outputs.rows(x, scales, topk_idx, topk_weights, num_rows)
+        except BaseException:
+            self._memory.lose()  # peers read what was sent, and this rank will not acknowledge it
+            raise
+        recv_x, recv_scales, recv_topk_idx, recv_topk_weights, src_idx = recv
+        recv_topk = _topk_args(recv_topk_idx, recv_topk_weights)
+        self._launch_receive(ctas, stream, 1, matrix, src_idx, recv_x, recv_scales, recv_topk)
+        handle = EpHandle(matrix, src_idx, is_token_in_rank, send_row)
+        return Dispatched(recv_x, recv_scales, recv_topk_idx, recv_topk_weights, per_expert, choices, handle)
 
     def _dispatch_cached(
         self, x: Tensor, scales: Tensor | None, handle: EpHandle, *, in_place: bool, num_sms: int
     ) -> tuple[Tensor, Tensor | None]:
-        stream, x = self._memory.stream(self.name), aligned(x)
+        stream, ctas, x = self._memory.stream(self.name), self._memory.check_sms(num_sms), aligned(x)
         recv_x, recv_scales = outputs.cached(x, scales, handle.recv_src_idx)
-        self._launch_send(stream, x, scales, None, None, None, None, None, 0, 0, in_place, num_sms)
+        senders = 1 if in_place and scales is None else ctas  # with nothing to copy one is enough
+        self._launch_send(senders, stream, 0, x, 0, 0, in_place, scales, _NO_TOPK, _NO_LISTS)
         self._launch_receive(
-            stream, False, handle.rank_prefix_matrix, handle.recv_src_idx, recv_x, recv_scales, None, None, num_sms
+            ctas, stream, 0, handle.rank_prefix_matrix, handle.recv_src_idx, recv_x, recv_scales, _NO_TOPK
         )
         return recv_x, recv_scales
 
     def _launch_send(
         self,
+        ctas: int,
         stream: int,
+        lists: int,
         x: Tensor,
-        scales: Tensor | None,
-        topk_idx: Tensor | None,
-        topk_weights: Tensor | None,
-        is_token_in_rank: Tensor | None,
-        num_tokens_per_expert: Tensor | None,
-        counts: outputs.Counts | None,
-        ticket: int,
-        out_rows: int,
+        is_token_in_rank: int,
+        per_expert: int,
         in_place: bool,
-        num_sms: int,
+        scales: Tensor | None,
+        topk: tuple[int, ...],
+        made_lists: tuple[int, ...],
     ) -> None:
-        """In launch order of kernels.send.SendArgs. counts: None for a cached dispatch."""
-        nothing_to_copy = in_place and scales is None and counts is None
+        """In launch order of kernels.send.SendArgs. made_lists: from send_row to out_rows; ints are addresses."""
+        n, columns = x.shape
         self._send.launch(
-            (1 if nothing_to_copy else self._memory.check_sms(num_sms), 1, 1),
+            (ctas, 1, 1),
             stream,
             *self._memory.group_args,
-            int(counts is not None),
-            x.shape[0],
-            address(is_token_in_rank),
-            address(num_tokens_per_expert),
-            self.config.experts_per_rank,
+            lists,
+            n,
+            is_token_in_rank,
+            per_expert,
+            self._experts_per_rank,
             0 if in_place else x.data_ptr(),
-            x.shape[1] * x.itemsize,
-            address(scales),
-            scales.shape[1] if scales is not None else 0,
-            *(scales.stride() if scales is not None else (0, 0)),
-            address(topk_idx),
-            topk_idx.itemsize if topk_idx is not None else 0,
-            address(topk_weights),
-            topk_idx.shape[1] if topk_idx is not None else 0,
-            address(counts and counts.send_row),
-            address(counts and counts.rank_prefix_matrix),
-            address(counts and counts.num_recv_tokens_per_expert),
-            self._recv_counts_address,
-            ticket,
-            out_rows,
+            columns * x.itemsize,
+            *(_NO_SCALES if scales is None else (scales.data_ptr(), scales.shape[1], *scales.stride())),
+            *topk,
+            *made_lists,
             *self._send_regions,
         )
 
     def _launch_receive(
         self,
+        ctas: int,
         stream: int,
-        lists: bool,
+        lists: int,
         matrix: Tensor,
         src_idx: Tensor,
         x: Tensor,
         scales: Tensor | None,
-        topk_idx: Tensor | None,
-        topk_weights: Tensor | None,
-        num_sms: int,
+        topk: tuple[int, ...],
     ) -> None:
-        """In launch order of kernels.receive.ReceiveArgs."""
-        row_bytes = x.shape[1] * x.itemsize
+        """In launch order of kernels.receive.ReceiveArgs. x, scales, topk: what arrives."""
+        num_rows, columns = x.shape
+        row_bytes = columns * x.itemsize
         self._receive.launch(
-            (self._memory.check_sms(num_sms), 1, 1),
+            (ctas, 1, 1),
             stream,
             *self._memory.group_args,
-            int(lists),
+            lists,
             matrix.data_ptr(),
             src_idx.data_ptr(),
-            x.shape[0],
+            num_rows,
             x.data_ptr(),
             row_bytes,
-            *sizes.ring(row_bytes, sizes.RING_BYTES),
-            address(scales),
-            scales.shape[1] if scales is not None else 0,
-            address(topk_idx),
-            topk_idx.itemsize if topk_idx is not None else 0,
-            address(topk_weights),
-            topk_idx.shape[1] if topk_idx is not None else 0,
+            *_ring(row_bytes, sizes.RING_BYTES),
+            *((0, 0) if scales is None else (scales.data_ptr(), scales.shape[1])),
+            *topk,
             *self._receive_regions,
         )
 
     def _await_counts(self, ticket: int) -> list[int]:
         """Rows that this rank receives, then the choices of each local expert, once the kernel has told them."""
-        deadline = (
-            time.monotonic() + 2 * self._memory.timeout_s + 10
-        )  # the kernel gives up first, after two waits at most
+        # The kernel gives up first, after two waits at most.
+        deadline = time.monotonic() + 2 * self._memory.timeout_s + 10
         while True:
             words = self._recv_counts[:]
             if all(word >> 32 == ticket for word in words):
@@ -249,34 +247,36 @@ class CudaBuffer(Buffer):
         in_place: bool,
         num_sms: int,
     ) -> tuple[Tensor, Tensor | None]:
-        stream, num_sms = self._memory.stream(self.name), self._memory.check_sms(num_sms)
-        y = aligned(y)
+        stream, ctas, y = self._memory.stream(self.name), self._memory.check_sms(num_sms), aligned(y)
+        matrix = handle.rank_prefix_matrix.data_ptr()
         row_bytes = y.shape[1] * y.itemsize
-        topk = topk_weights.shape[1] if topk_weights is not None else 0
+        topk = 0 if topk_weights is None else topk_weights.shape[1]
         combined_x, combined_weights = outputs.combined(y, topk_weights, handle.is_token_in_rank)
         biases = [aligned(bias) for bias in (bias_0, bias_1) if bias is not None]
         self._combine_send.launch(
-            (1 if in_place and topk_weights is None else num_sms, 1, 1),
+            (1 if in_place and topk_weights is None else ctas, 1, 1),
             stream,
             *self._memory.group_args,
-            handle.rank_prefix_matrix.data_ptr(),
+            matrix,
             0 if in_place else y.data_ptr(),
             row_bytes,
             address(topk_weights),
             topk,
+            self.config.recv_rows,
             *self._combine_regions,
         )
         self._combine_receive.launch(
-            (num_sms, 1, 1),
+            (ctas, 1, 1),
             stream,
             *self._memory.group_args,
-            handle.rank_prefix_matrix.data_ptr(),
+            matrix,
             handle.send_row.data_ptr(),
             combined_x.shape[0],
             combined_x.data_ptr(),
             row_bytes,
-            *sizes.ring(row_bytes, sizes.TEAM_RING_BYTES),
-            *(biases[i].data_ptr() if i < len(biases) else 0 for i in range(2)),
+            *_ring(row_bytes, sizes.TEAM_RING_BYTES),
+            *[bias.data_ptr() for bias in biases],
+            *(0,) * (2 - len(biases)),
             address(combined_weights),
             topk,
             *self._combine_regions,
@@ -291,3 +291,10 @@ class CudaBuffer(Buffer):
 
     def _destroy(self) -> None:
         self._memory.destroy()
+
+
+def _topk_args(topk_idx: Tensor | None, topk_weights: Tensor | None) -> tuple[int, ...]:
+    """Addresses, size of an id, choices of a token."""
+    if topk_idx is None or topk_weights is None:
+        return _NO_TOPK
+    return topk_idx.data_ptr(), topk_idx.itemsize, topk_weights.data_ptr(), topk_idx.shape[1]

@@ -1,11 +1,14 @@
 """Argument checks of the expert-parallel ops and buffers. They read no tensor values and wait for nothing.
 
-Two kinds. `check_<call>` looks at dtypes and at how shapes fit each other: the fakes of the ops run it too, where sizes
-may be symbols. `check_<call>_fits` compares with a buffer's capacities and device, and looks at strides.
-A check costs a part of the call's 60 us of host time: attributes are read once and messages are built only on failure.
+Two kinds. `check_<call>` looks at dtypes and at how shapes fit each other: the fakes of the ops run it, where sizes may
+be symbols. `check_<call>_fits` is the buffers': it compares with capacities and device and looks at strides, too.
+Buffers make them through `Once`, as a part of the call's 60 us of host time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +20,30 @@ IDX_DTYPES = (INT64, INT32)
 SCALE_DTYPES = (FLOAT32, INT32)
 LAYOUT_CURE = "pass what ep_layout returns for this topk_idx"
 HANDLE_CURE = "pass the handle of one dispatch, unchanged"
+_MOST_REMEMBERED = 1024  # of about 1 KB each
+
+
+class Once:
+    """A check that calls with arguments like earlier ones skip: a look-up costs half of what the comparisons do.
+
+    `check` must depend on nothing but the options and the tensors' shapes, strides, dtypes and devices.
+    """
+
+    def __init__(self, check: Callable[..., None], *fixed: Any) -> None:
+        """check(*fixed, *tensors, *options) raises, or returns."""
+        self._check, self._fixed = check, fixed
+        self._passed: set[tuple[object, ...]] = set()
+
+    def __call__(self, tensors: tuple[Tensor | None, ...], *options: object) -> None:
+        key = (
+            options,
+            *[t if t is None else (t.shape, t.is_contiguous() or t.stride(), t.dtype, t.device) for t in tensors],
+        )
+        if key not in self._passed:
+            self._check(*self._fixed, *tensors, *options)
+            if len(self._passed) == _MOST_REMEMBERED:
+                self._passed.clear()
+            self._passed.add(key)
 
 
 def check_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> None:
@@ -116,6 +143,7 @@ def check_dispatch_fits(
     num_worst_tokens: int,
 ) -> None:
     op = "ep_dispatch"
+    check_dispatch(x, scales, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert, num_worst_tokens)
     _check_tokens_fit(op, config, device, x, scales)
     if topk_idx is not None and topk_weights is not None:
         _placed(op, "topk_idx", topk_idx, device)
@@ -139,6 +167,7 @@ def check_cached_fits(
     config: EpConfig, device: torch.device, x: Tensor, scales: Tensor | None, *handle: Tensor
 ) -> None:
     op = "ep_dispatch_cached"
+    check_cached(x, scales, *handle)
     _check_tokens_fit(op, config, device, x, scales)
     _check_handle_fits(op, config, device, *handle)
 
@@ -153,6 +182,7 @@ def check_combine_fits(
     *handle: Tensor,
 ) -> None:
     op = "ep_combine"
+    check_combine(y, topk_weights, bias_0, bias_1, *handle)
     _check_handle_fits(op, config, device, *handle)
     _placed(op, "y", y, device)
     _check_row_bytes(op, "y", 2 * y.shape[1], config.y_row_bytes)

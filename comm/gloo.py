@@ -280,6 +280,8 @@ def _ends(prefix: Tensor, rank: int) -> list[int]:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
+    if tensor.numel() == 0:  # contiguous() keeps its strides, which may allow no view as bytes
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
     return tensor.contiguous().view(torch.uint8)
 
 

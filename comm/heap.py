@@ -219,6 +219,10 @@ class TorchMemory:
     The allocation bypasses the memory pool from which newer torch's `symm_mem.empty` takes by default, since a pool
     keeps what is freed. Without it, dropping tensor and handle frees: the tensor's deleter removes torch's record of
     the block, and with it and the handle go the mappings of the peers' blocks.
+
+    torch numbers the rendezvous of a process, whatever their groups, and ranks meet under that number: a rank that has
+    taken part in fewer of them than its peers would wait for ever. So where groups overlap, all their ranks have to take
+    part in equally many.
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:

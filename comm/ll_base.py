@@ -20,6 +20,7 @@ from torch import Tensor
 from cutehop.cute_kernels.errors import check
 
 from . import ll_checks as checks
+from .checks import Once
 from .ll_config import MAX_OUTSTANDING, SLOTS, LlConfig
 from .ll_outputs import LlDispatched, LlHandle, empty_combined, empty_dispatched
 
@@ -66,6 +67,14 @@ class LowLatencyBuffer(ABC):
         self.name = _free_name() if name is None else name
         self.group, self.rank, self.ranks = group, group.rank(), group.size()
         self.config, self.device, self.num_sms = config, device, num_sms
+        self._like = torch.empty(0, device=device)  # outputs are allocated where it lies
+        self._check_dispatch_send = Once(checks.check_dispatch_send, config, device)
+        self._check_dispatch_receive = Once(checks.check_dispatch_receive, config, device)
+        self._check_stats = Once(checks.check_stats, config, device)
+        self._check_outputs = Once(checks.check_outputs, config, device)
+        self._check_combine_send = Once(checks.check_combine_send, config, device)
+        self._check_combine_receive = Once(checks.check_combine_receive, config, device)
+        self._check_combine_inputs = Once(checks.check_combine_inputs, config, device)
         self._sends = 0
         self._outstanding: dict[int, tuple[int, Tensor]] = {}  # by address of the epoch: number of the send, epoch
 
@@ -93,7 +102,7 @@ class LowLatencyBuffer(ABC):
         RuntimeError if 3 operations are outstanding, or the one sent 4 sends before.
         """
         self._ready()
-        checks.check_dispatch_send(self.config, self.device, x, topk_idx, use_fp8, round_scale, use_ue8m0)
+        self._check_dispatch_send((x, topk_idx), use_fp8, round_scale, use_ue8m0)
         self._check_room("ep_ll_dispatch_send")
         epoch = self._dispatch_send(x, topk_idx, use_fp8=use_fp8, round_scale=round_scale, use_ue8m0=use_ue8m0)
         return self._sent(epoch)
@@ -117,11 +126,12 @@ class LowLatencyBuffer(ABC):
         wait_stats: int64 (R,), the nanoseconds that each rank was waited for are added to it.
         """
         self._ready()
-        checks.check_dispatch_receive(self.config, self.device, epoch, num_topk, recv_stats, wait_stats)
+        self._check_dispatch_receive((epoch,), num_topk)
+        self._check_stats((recv_stats, wait_stats))
         if out is None:
             out = self.empty_outputs(use_fp8=use_fp8, use_ue8m0=use_ue8m0)
         else:
-            checks.check_outputs(self.config, self.device, use_fp8, use_ue8m0, out.recv_x, out.recv_scales)
+            self._check_outputs((out.recv_x, out.recv_scales), use_fp8, use_ue8m0)
         self._check_outstanding("ep_ll_dispatch_recv", epoch)
         self._dispatch_receive(epoch, out, num_topk=num_topk, recv_stats=recv_stats, wait_stats=wait_stats)
         del self._outstanding[epoch.data_ptr()]
@@ -129,7 +139,7 @@ class LowLatencyBuffer(ABC):
 
     def empty_outputs(self, *, use_fp8: bool = True, use_ue8m0: bool = False) -> LlDispatched:
         """Uninitialised `out` of dispatch_receive, for callers that pass the tensors on before they are filled."""
-        return empty_dispatched(self.config, torch.empty(0, device=self.device), use_fp8, use_ue8m0)
+        return empty_dispatched(self.config, self._like, use_fp8, use_ue8m0)
 
     def combine_send(self, y: Tensor, handle: LlHandle, *, num_topk: int, use_logfmt: bool = False) -> Tensor:
         """Send the experts' outputs home. Returns the epoch, int32 (1,) on the buffer's device.
@@ -141,7 +151,7 @@ class LowLatencyBuffer(ABC):
         RuntimeError if 3 operations are outstanding, or the one sent 4 sends before.
         """
         self._ready()
-        checks.check_combine_send(self.config, self.device, y, *handle, num_topk)
+        self._check_combine_send((y, *handle), num_topk)
         self._check_room("ep_ll_combine_send")
         epoch = self._combine_send(y, handle, num_topk=num_topk, use_logfmt=use_logfmt)
         return self._sent(epoch)
@@ -163,7 +173,7 @@ class LowLatencyBuffer(ABC):
         wait_stats: as for dispatch_receive.
         """
         self._ready()
-        checks.check_combine_receive(self.config, self.device, epoch, topk_idx, topk_weights, out, wait_stats)
+        self._check_combine_receive((epoch, topk_idx, topk_weights, out, wait_stats))
         self._check_outstanding("ep_ll_combine_recv", epoch)
         if out is None:
             out = empty_combined(self.config, topk_weights)
@@ -185,12 +195,12 @@ class LowLatencyBuffer(ABC):
     ) -> LlDispatched:
         """dispatch_send and its dispatch_receive; on a GPU in one launch, which takes less time than two."""
         self._ready()
-        checks.check_dispatch_send(self.config, self.device, x, topk_idx, use_fp8, round_scale, use_ue8m0)
-        checks.check_stats(self.config, self.device, recv_stats, wait_stats)
+        self._check_dispatch_send((x, topk_idx), use_fp8, round_scale, use_ue8m0)
+        self._check_stats((recv_stats, wait_stats))
         if out is None:
             out = self.empty_outputs(use_fp8=use_fp8, use_ue8m0=use_ue8m0)
         else:
-            checks.check_outputs(self.config, self.device, use_fp8, use_ue8m0, out.recv_x, out.recv_scales)
+            self._check_outputs((out.recv_x, out.recv_scales), use_fp8, use_ue8m0)
         self._check_room("ep_ll_dispatch")
         self._sends += 1
         self._dispatch(
@@ -211,8 +221,8 @@ class LowLatencyBuffer(ABC):
     ) -> Tensor:
         """combine_send and its combine_receive; on a GPU in one launch, which takes less time than two."""
         self._ready()
-        checks.check_combine_send(self.config, self.device, y, *handle, topk_idx.shape[1])
-        checks.check_combine_inputs(self.config, self.device, topk_idx, topk_weights, out, wait_stats)
+        self._check_combine_send((y, *handle), topk_idx.shape[1])
+        self._check_combine_inputs((topk_idx, topk_weights, out, wait_stats))
         self._check_room("ep_ll_combine")
         self._sends += 1
         if out is None:

@@ -17,6 +17,7 @@ from .kernels import config as sizes
 from .ll_base import LlDispatched, LlHandle, LowLatencyBuffer
 from .ll_config import LlLayout
 from .memory import DEFAULT_NUM_SMS, PeerMemory, address, aligned
+from .outputs import allocator
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,7 +35,7 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
     """Low-latency buffer of one rank on a GPU. One stream at a time uses a buffer, hooks included.
 
     provider: "torch" | "nvshmem", where the symmetric memory comes from (comm/heap.py).
-    timeout_s: seconds after which a kernel that waits for a peer gives up, or masks it if config.elastic.
+    timeout_s: seconds after which a kernel that waits for a peer gives up.
     """
 
     def __init__(
@@ -50,16 +51,21 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
     ) -> None:
         """Collective. device: None for the current one.
 
-        ValueError for num_sms below 1 or above the GPU's, or a timeout that is not positive.
+        ValueError for num_sms below 1 or above the GPU's, or a timeout that is not positive. NotImplementedError for
+        config.elastic: CTAs that see a deadline and late data in different order would not agree on who is masked.
         """
+        if config.elastic:
+            raise NotImplementedError("LowLatencyBuffer: elastic is not supported on CUDA; a late rank ends the buffer")
         device = torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device)
         super().__init__(group, config, device, name, num_sms)
         self.layout = at = LlLayout(config)
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream().cuda_stream
-            self._dispatch_kernels, self._combine_kernels = {}, {}
+            self._dispatch_kernels, self._combine_kernels, self._data_bytes = {}, {}, {}
             for parts in sizes.PARTS:
-                self._dispatch_kernels[parts] = kernels.ll_dispatch_kernel(sizes.LlDispatchConfig(*parts), stream)
+                dispatch = sizes.LlDispatchConfig(*parts)
+                self._dispatch_kernels[parts] = kernels.ll_dispatch_kernel(dispatch, stream)
+                self._data_bytes[parts] = sizes.ll_dispatch_data_bytes(dispatch)  # of its shared memory, used or not
                 self._combine_kernels[parts] = kernels.ll_combine_kernel(sizes.LlCombineConfig(*parts), stream)
         self._memory = PeerMemory(group, device, provider, at.heap_bytes, at.host_bytes, at.error.offset, timeout_s)
         self._memory.check_sms(num_sms)
@@ -70,6 +76,7 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         self._receive_args = (elastic, local, config.max_tokens, config.max_topk, *records)
         self._send_home_args = (elastic, local, config.max_tokens, config.max_topk, *data)
         self._receive_home_args = (elastic, config.num_experts, local, config.max_topk, *data)
+        self._record_bytes = config.record_bytes
         self._tokens = config.max_tokens  # of the last dispatch
         self._opened()
 
@@ -80,10 +87,10 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         self, x: Tensor, topk_idx: Tensor, *, use_fp8: bool, round_scale: bool, use_ue8m0: bool
     ) -> Tensor:
         x = aligned(x)
-        epoch = topk_idx.new_empty((1,), dtype=torch.int32)
+        epoch = allocator(topk_idx)((1,), (1,), torch.int32)
         wire = _wire(use_fp8, round_scale, use_ue8m0)
         ctas, data_bytes, values = self._sending(SEND, x, topk_idx, wire, epoch)
-        self._launch(self._dispatch_kernels[SEND], ctas, values, self._unused(SEND) - data_bytes)
+        self._launch(self._dispatch_kernels[SEND], ctas, values, self._data_bytes[SEND] - data_bytes)
         return epoch
 
     def _dispatch_receive(
@@ -96,7 +103,7 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         wait_stats: Tensor | None,
     ) -> None:
         ctas, data_bytes, values = self._receiving(RECEIVE, epoch, out, num_topk, recv_stats, wait_stats)
-        self._launch(self._dispatch_kernels[RECEIVE], ctas, values, self._unused(RECEIVE) - data_bytes)
+        self._launch(self._dispatch_kernels[RECEIVE], ctas, values, self._data_bytes[RECEIVE] - data_bytes)
 
     def _dispatch(
         self,
@@ -109,13 +116,19 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         wait_stats: Tensor | None,
     ) -> None:
         x = aligned(x)
-        epoch = topk_idx.new_empty((1,), dtype=torch.int32)
+        epoch = allocator(topk_idx)((1,), (1,), torch.int32)
         use_ue8m0 = out.recv_scales is not None and out.recv_scales.dtype == torch.int32
         wire = _wire(out.recv_scales is not None, round_scale, use_ue8m0)
         ctas, sent_bytes, sending = self._sending(BOTH, x, topk_idx, wire, epoch)
         more, received_bytes, receiving = self._receiving(BOTH, epoch, out, topk_idx.shape[1], recv_stats, wait_stats)
-        unused = self._unused(BOTH) - max(sent_bytes, received_bytes)
+        unused = self._data_bytes[BOTH] - max(sent_bytes, received_bytes)
         self._launch(self._dispatch_kernels[BOTH], max(ctas, more), sending + receiving, unused)
+
+    def _require_aligned(self, op: str, out: Tensor) -> None:
+        if out.data_ptr() % 16 != 0:
+            raise ValueError(
+                f"{op}: out begins at address {out.data_ptr():#x}, must be a multiple of 16; allocate it by itself"
+            )
 
     def _sending(
         self, parts: tuple[bool, bool], x: Tensor, topk_idx: Tensor, wire: int, epoch: Tensor
@@ -123,12 +136,12 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         """CTAs, bytes of shared memory for records, and the parameters LlDispatchSendArgs."""
         tokens, topk = topk_idx.shape
         self._tokens = tokens
-        ctas, teams = sizes.ll_teams(tokens, self.num_sms, self.config.record_bytes, self._unused(parts))
+        ctas, teams = sizes.ll_teams(tokens, self.num_sms, self._record_bytes, self._data_bytes[parts])
         values = (
             x.data_ptr(), topk_idx.data_ptr(), topk_idx.itemsize, tokens, topk, self.config.hidden, wire, teams,
             epoch.data_ptr(), *self._send_args,
         )  # fmt: skip
-        return ctas, teams * self.config.record_bytes, values
+        return ctas, teams * self._record_bytes, values
 
     def _receiving(
         self,
@@ -140,9 +153,10 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         wait_stats: Tensor | None,
     ) -> tuple[int, int, tuple[int, ...]]:
         """CTAs, bytes of shared memory for rows, and the parameters LlDispatchReceiveArgs."""
+        self._require_aligned("ep_ll_dispatch_recv", out.recv_x)
         row_bytes = self.config.hidden * out.recv_x.itemsize
         scale_words = 0 if out.recv_scales is None else out.recv_scales.shape[2]
-        warps = sizes.ll_copy_warps(row_bytes, scale_words, self._unused(parts))
+        warps = sizes.ll_copy_warps(row_bytes, scale_words, self._data_bytes[parts])
         # Other ranks' tokens are not known here; as many as mine is the best guess, and only a matter of speed.
         ctas = min(self.num_sms, -(-self.ranks * max(self._tokens, 1) // RECORDS_PER_CTA))
         handle = out.handle
@@ -153,10 +167,6 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         )  # fmt: skip
         return ctas, warps * sizes.ll_row_bytes(row_bytes, scale_words), values
 
-    def _unused(self, parts: tuple[bool, bool]) -> int:
-        """Bytes of shared memory that a dispatch kernel has for data, used or not."""
-        return sizes.ll_dispatch_data_bytes(sizes.LlDispatchConfig(*parts))
-
     def _launch(self, kernel: Kernel, ctas: int, values: tuple[int, ...], unused: int = 0) -> None:
         """unused: bytes of the kernel's shared memory that this launch does without."""
         stream = self._memory.stream(self.name)
@@ -165,7 +175,7 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
 
     def _combine_send(self, y: Tensor, handle: LlHandle, *, num_topk: int, use_logfmt: bool) -> Tensor:
         y = aligned(y)
-        epoch = handle.recv_count.new_empty((1,))
+        epoch = allocator(y)((1,), (1,), torch.int32)
         ctas, values = self._sending_home(y, handle, num_topk, use_logfmt, epoch)
         self._launch(self._combine_kernels[SEND], ctas, values)
         return epoch
@@ -188,7 +198,7 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         wait_stats: Tensor | None,
     ) -> None:
         y = aligned(y)
-        epoch = handle.recv_count.new_empty((1,))
+        epoch = allocator(y)((1,), (1,), torch.int32)
         ctas, sending = self._sending_home(y, handle, topk_idx.shape[1], use_logfmt, epoch)
         more, receiving = self._receiving_home(epoch, topk_idx, topk_weights, out, wait_stats)
         self._launch(self._combine_kernels[BOTH], max(ctas, more), sending + receiving)
@@ -211,6 +221,7 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         self, epoch: Tensor, topk_idx: Tensor, topk_weights: Tensor, out: Tensor, wait_stats: Tensor | None
     ) -> tuple[int, tuple[int, ...]]:
         """CTAs and the parameters LlCombineReceiveArgs."""
+        self._require_aligned("ep_ll_combine_recv", out)
         values = (
             epoch.data_ptr(), topk_idx.data_ptr(), topk_idx.itemsize, topk_weights.data_ptr(), *topk_idx.shape,
             self.config.hidden, out.data_ptr(), address(wait_stats), *self._receive_home_args,

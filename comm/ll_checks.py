@@ -40,13 +40,10 @@ def check_dispatch_receive(
     device: torch.device,
     epoch: Tensor,
     num_topk: int,
-    recv_stats: Tensor | None = None,
-    wait_stats: Tensor | None = None,
 ) -> None:
     op = "ep_ll_dispatch_recv"
     _check_epoch(op, device, epoch)
     _check_num_topk(op, config, num_topk)
-    check_stats(config, device, recv_stats, wait_stats)
 
 
 def check_stats(config: LlConfig, device: torch.device, recv_stats: Tensor | None, wait_stats: Tensor | None) -> None:
@@ -59,10 +56,10 @@ def check_stats(config: LlConfig, device: torch.device, recv_stats: Tensor | Non
 def check_outputs(
     config: LlConfig,
     device: torch.device,
-    use_fp8: bool,
-    use_ue8m0: bool,
     recv_x: Tensor,
     recv_scales: Tensor | None,
+    use_fp8: bool,
+    use_ue8m0: bool,
 ) -> None:
     """That the outputs which a caller brings to a dispatch are those of the buffer, for these options."""
     op, cure = "ep_ll_dispatch_recv", "pass what empty_outputs returns for the options of the send"

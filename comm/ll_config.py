@@ -13,6 +13,7 @@ SLOTS = 4  # operations whose data may be in the memory at once; a power of two,
 MAX_OUTSTANDING = SLOTS - 1  # sent and not yet received: a slot is written again only when its last receiver is done
 GROUP = 128  # columns under one scale
 MAX_TOPK = 16
+MAX_HIDDEN = 32768  # a record has to fit into shared memory several times
 MAX_SEND_SLOTS = 2**31 - 1  # ranks * max_tokens * max_topk is an int32
 
 
@@ -20,7 +21,7 @@ MAX_SEND_SLOTS = 2**31 - 1  # ranks * max_tokens * max_topk is an int32
 class LlConfig:
     """What one rank of a low-latency buffer can hold.
 
-    ranks: 1..8. hidden: columns of a token, a positive multiple of 128.
+    ranks: 1..8. hidden: columns of a token, a multiple of 128, at most 32768.
     max_tokens: most tokens a rank brings to a call (T), at least 1.
     num_experts: of the whole group, a multiple of ranks, at most 1024 per rank.
     max_topk: most choices per token, 1..16.
@@ -45,8 +46,9 @@ class LlConfig:
                 )
         self._limit("ranks", MAX_RANKS, "use one buffer per NVLink node")
         self._limit("max_topk", MAX_TOPK, "route each token to fewer experts")
+        self._limit("hidden", MAX_HIDDEN, "shared memory holds no wider token")
         check(
-            self.hidden > 0 and self.hidden % GROUP == 0,
+            self.hidden % GROUP == 0,
             f"LlConfig: hidden {self.hidden}, must be a positive multiple of {GROUP}; pad the hidden size",
         )
         check(

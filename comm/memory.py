@@ -13,6 +13,7 @@ from cutehop.cute_kernels.errors import check
 from .errors import EpTimeoutError
 from .heap import open_heap
 from .layout import ERROR_WORDS, PHASES
+from .meeting import Meeting
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -40,7 +41,13 @@ class PeerMemory:
         """Collective. error_offset: of the error record in the host memory. ValueError for timeout_s <= 0."""
         check(timeout_s > 0, f"Buffer: timeout_s {timeout_s}, must be positive; give peers time to arrive")
         self.rank, self.ranks, self.device, self.timeout_s = group.rank(), group.size(), device, timeout_s
-        self.max_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        properties = torch.cuda.get_device_properties(device)
+        neighbours = Meeting(group, timeout_s).meet("heap open", str(properties.uuid))
+        # A kernel that waits for a peer holds its SMs: ranks on one GPU need room for all at once.
+        self._sharers = neighbours.count(str(properties.uuid))
+        self._num_sms = properties.multi_processor_count
+        self.max_sms = self._num_sms // self._sharers
+        self._lost = False
         self.host = torch.zeros(host_bytes, dtype=torch.uint8, pin_memory=True)
         self._error = words(self.host, error_offset, len(ERROR_WORDS))
         self._error_address = self.host.data_ptr() + error_offset
@@ -60,9 +67,11 @@ class PeerMemory:
 
     def check(self, name: str) -> None:
         """Raise what a kernel of buffer `name` has recorded: EpTimeoutError, or RuntimeError for too many rows."""
-        raised, peer, phase, expected, got, waited_ns = self._error
-        if not raised:
+        if self._lost:
+            raise RuntimeError(f"buffer {name!r}: a call ended half way; destroy the buffer and make another")
+        if not self._error[0]:
             return
+        _, peer, phase, expected, got, waited_ns = self._error
         if PHASES[phase] == "rows":
             raise RuntimeError(
                 f"buffer {name!r}: rank {peer} receives {expected} rows, the limit is {got}; the call is lost. "
@@ -72,18 +81,25 @@ class PeerMemory:
 
     def stream(self, name: str) -> int:
         """The current stream. RuntimeError unless the memory's device is current."""
-        if torch.cuda.current_device() != self.device.index:
+        index, current = self.device.index, torch._C._cuda_getDevice()
+        if current != index:
             raise RuntimeError(
-                f"buffer {name!r} is on {self.device}, the current device is cuda:{torch.cuda.current_device()}; make "
-                "its device current"
+                f"buffer {name!r} is on {self.device}, the current device is cuda:{current}; make its device current"
             )
-        return torch.cuda.current_stream().cuda_stream
+        return torch._C._cuda_getCurrentRawStream(index)
 
     def check_sms(self, num_sms: int) -> int:
-        """num_sms, or ValueError if the GPU has not as many."""
+        """num_sms, or ValueError if the GPU has not as many for each rank on it."""
         if not 1 <= num_sms <= self.max_sms:
-            raise ValueError(f"Buffer: num_sms {num_sms}, supported 1..{self.max_sms}; the GPU has {self.max_sms} SMs")
+            raise ValueError(
+                f"Buffer: num_sms {num_sms}, supported 1..{self.max_sms}; the GPU has {self._num_sms} SMs for "
+                f"{self._sharers} ranks"
+            )
         return num_sms
+
+    def lose(self) -> None:
+        """Every later call raises: this rank has left one half way, which its peers cannot know."""
+        self._lost = not self._error[0]
 
     def release(self) -> None:
         self._heap.release()
@@ -96,7 +112,8 @@ class PeerMemory:
         try:
             self._heap.destroy()
         except EpTimeoutError:
-            if not self._error[0]:  # after a failed call peers may be gone, and this rank's memory is free either way
+            # After a failed call peers may be gone, and this rank's memory is free either way.
+            if not (self._error[0] or self._lost):
                 raise
 
 

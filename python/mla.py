@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -87,24 +85,21 @@ def flash_mla_with_kvcache(
         raise ValueError(
             f"flash_mla_with_kvcache: head_dim_v {head_dim_v}, supported {HEAD_DIM_V}; V is K's first 512 columns"
         )
-    tensors = (q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
-    options: dict[str, Any] = {
-        "softmax_scale": HEAD_DIM**-0.5 if softmax_scale is None else softmax_scale,
-        "causal": causal,
-        "attn_sink": attn_sink,
-        "cu_seqlens_q": cu_seqlens_q,
-        "max_seqlen_q": max_seqlen_q or 0,
-        "split_tokens": split_tokens,
-        "empty_lse_neg_inf": empty_lse_neg_inf,
-    }
+    ragged = cu_seqlens_q is not None
+    # By position: the dispatcher takes half as long for that as for keywords.
+    arguments = (
+        q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits,
+        HEAD_DIM**-0.5 if softmax_scale is None else softmax_scale, causal, attn_sink, cu_seqlens_q, max_seqlen_q or 0,
+        split_tokens, empty_lse_neg_inf,
+    )  # fmt: skip
     if validate:
-        validate_values(*tensors, **options)
+        validate_values(*arguments)
     if out is None and lse is None:
-        return torch.ops.cutehop.mla_decode(*tensors, **options)
-    out_shape, lse_shape = output_shapes(q, ragged=cu_seqlens_q is not None)
+        return torch.ops.cutehop.mla_decode(*arguments)
+    out_shape, lse_shape = output_shapes(q, ragged)
     if out is None:
         out = q.new_empty(out_shape)
     if lse is None:
         lse = q.new_empty(lse_shape, dtype=torch.float32)
-    torch.ops.cutehop.mla_decode_out(*tensors, **options, out=out, lse=lse)
+    torch.ops.cutehop.mla_decode_out(*arguments, out=out, lse=lse)
     return out, lse

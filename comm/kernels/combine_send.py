@@ -27,6 +27,7 @@ from .verbs import (
     ld_i32,
     may_proceed,
     read_epoch,
+    report,
     signal_peers,
     st_i32,
     wait_flag,
@@ -42,6 +43,7 @@ class CombineSendArgs:
     row_bytes: Int32
     weights: Int64  # f32 (rows, topk)
     topk: Int32
+    max_recv_rows: Int32  # that fit into the memory
     weights_offset: Int64  # regions of the layout
     weight_row_bytes: Int32
     y_offset: Int64
@@ -69,8 +71,12 @@ class CombineSend:
         reached = Boolean(True)
         if tid < g.ranks:
             reached = wait_flag(g, g.own + COMBINE_ACK + tid * LINE, epoch - 1, tid, PHASE["combine_ack"])
+        rows = ld_i32(a.matrix + Int64((g.ranks - 1) * g.ranks + g.rank) * 4)
+        if (rows < 0) | (rows > a.max_recv_rows):  # a handle of another buffer, or of a call that was lost
+            if tid == 0:
+                report(g, g.rank, PHASE["rows"], rows, a.max_recv_rows, Int64(0))
+            reached = Boolean(False)
         if may_proceed(g, reached):
-            rows = ld_i32(a.matrix + Int64((g.ranks - 1) * g.ranks + g.rank) * 4)
             thread, threads = cta * SEND_THREADS + tid, ctas * SEND_THREADS
             if a.y != 0:
                 copy_vectors(g.own + a.y_offset, a.y, Int64(rows) * a.row_bytes // 16, thread, threads)

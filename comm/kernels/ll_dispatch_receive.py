@@ -32,6 +32,7 @@ from .verbs import (
     GMEM,
     PHASE,
     Group,
+    aborted,
     ld_i32,
     ld_i64,
     may_proceed,
@@ -122,6 +123,8 @@ class DispatchReceiver:
                     records[source] = count
                 else:
                     rows[(word - 1) * g.ranks + source] = count
+            if a.elastic == 0:
+                reached = not aborted(g)
         go = may_proceed(g, reached)
         if a.elastic != 0:
             if not reached:
@@ -138,7 +141,9 @@ class DispatchReceiver:
         tid, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         base = sm.firsts.get_tensor(cute.make_layout(MAX_EXPERTS))
-        for expert in cutlass.range(tid, a.experts_per_rank, THREADS, unroll=1):
+        most = g.ranks * a.max_tokens
+        threads, _, _ = cute.arch.block_dim()
+        for expert in cutlass.range(tid, a.experts_per_rank, threads, unroll=1):
             total = Int32(0)
             for source in cutlass.range(g.ranks, unroll=1):
                 i = expert * g.ranks + source
@@ -147,6 +152,7 @@ class DispatchReceiver:
                 if cta == 0:
                     st_i64(a.layout_range + Int64(i) * 8, (Int64(total) << 32) | Int64(count))
                 total += count
+            total = total if total < most else most  # more if tokens name an expert twice
             if cta == 0:
                 st_i32(a.recv_count + Int64(expert) * 4, total)
                 if a.recv_stats != 0:
@@ -201,8 +207,9 @@ class DispatchReceiver:
         expert = ld_i32(record + 8 + choice * 8) - g.rank * a.experts_per_rank
         row = Int32(-1)
         if (expert >= 0) & (expert < a.experts_per_rank):
-            first = expert * (g.ranks * a.max_tokens) + base[expert * g.ranks + source]
-            row = first + ld_i32(record + 12 + choice * 8)
+            most = g.ranks * a.max_tokens
+            at = base[expert * g.ranks + source] + ld_i32(record + 12 + choice * 8)
+            row = expert * most + at if at < most else Int32(-1)
         return row
 
     @cute.jit

@@ -1,7 +1,8 @@
 """What the low-latency kernels share: places in the memory, and the end of an operation."""
 
+import cutlass
 import cutlass.cute as cute
-from cutlass import Int64
+from cutlass import Boolean, Int64, const_expr
 
 from ..config import LINE, MAX_RANKS
 from ..ll_config import LL_KERNELS, SLOTS, LlConfig, LlLayout
@@ -35,7 +36,9 @@ def mask_of(g: Group, elastic):
 
 
 @cute.jit
-def finish(g: Group, region: int, kernel: str, epoch, mask, counts_epoch: bool, go, base, shared: cute.Pointer):
+def finish(
+    g: Group, region: cutlass.Constexpr, kernel: str, epoch, mask, counts_epoch: bool, go, base, shared: cute.Pointer
+):
     """End of a kernel, by all its threads: the last CTA sets my flag at every peer.
 
     region: READY of a send kernel, ACK of a receive kernel. counts_epoch: whether the operation counts here.
@@ -46,7 +49,10 @@ def finish(g: Group, region: int, kernel: str, epoch, mask, counts_epoch: bool, 
     if last_to_arrive(g, ARRIVALS[kernel], shared):
         if (not aborted(g)) if ctas > 1 else go:
             if tid < g.ranks:
-                if not is_masked(mask, tid):
+                left_out = Boolean(False)
+                if const_expr(region == READY):  # that I need its data no more is told to all: it may come back
+                    left_out = is_masked(mask, tid)
+                if not left_out:
                     set_flag(base + line(region, epoch, g.rank), epoch)
             if counts_epoch:
                 if tid == 0:

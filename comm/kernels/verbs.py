@@ -144,21 +144,21 @@ def is_masked(mask, peer):
 def wait_flag(g: Group, address, epoch, peer, phase, mask=NO_MASK):
     """Wait until the flag in my memory has reached `epoch`; orders what the peer wrote before it set the flag.
 
-    mask: address of int32 (ranks,) if peers may be left out. Returns whether the flag was reached, and no earlier wait
-    of this rank had expired.
+    mask: address of int32 (ranks,) if peers may be left out. Returns whether the flag was reached, the peer was not
+    left out before, and no earlier wait of this rank had expired.
     """
     flag = cute.make_ptr(Int32, address, GMEM, assumed_align=4)
     seen = cute.arch.load(flag, Int32, sem="acquire", scope="sys")
     start, waited = cute.arch.globaltimer(), Int64(0)
-    given_up = aborted(g)
-    stop = given_up | is_masked(mask, peer)
+    left_out = aborted(g) | is_masked(mask, peer)
+    stop = left_out
     while (seen - epoch < 0) & (not stop):
         seen = cute.arch.load(flag, Int32, sem="acquire", scope="sys")
         waited = cute.arch.globaltimer() - start
         if waited > g.timeout_ns:
             stop = Boolean(True)
             expired(g, peer, phase, epoch, seen, waited, mask)
-    return (seen - epoch >= 0) & (not given_up)
+    return (seen - epoch >= 0) & (not left_out)
 
 
 @cute.jit
@@ -202,14 +202,14 @@ def last_to_arrive(g: Group, arrivals: int, shared: cute.Pointer):
     if ctas > 1:
         if tid == 0:
             counter = cute.make_ptr(Int32, g.own + arrivals, GMEM, assumed_align=4)
-            before = cute.arch.atomic_add(counter, Int32(1), sem="relaxed", scope="gpu")
+            before = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
             cute.arch.store(shared, before)
             if before == ctas - 1:
                 cute.arch.store(counter, Int32(0), sem="relaxed", scope="gpu")
         cute.arch.sync_threads()
         last = Int32(cute.arch.load(shared, Int32) == ctas - 1)
-        if last != 0:
-            cute.arch.fence_acq_rel_sys()
+    if last != 0:
+        cute.arch.fence_acq_rel_sys()  # once more behind the barrier: by the letter, a fence covers its own thread
     return last != 0
 
 

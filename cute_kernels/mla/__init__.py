@@ -30,4 +30,5 @@ def variants():
     dtypes = ("bf16", "f16")
     yield plan_kernel, PlanConfig()
     yield from ((decode_kernel, DecodeConfig(dtype, page)) for dtype in dtypes for page in PAGE_SIZES)
-    yield from ((combine_kernel, CombineConfig(dtype, chunk)) for dtype in dtypes for chunk in (8, 16))
+    shapes = ((4, 2), (8, 1), (16, 1))
+    yield from ((combine_kernel, CombineConfig(dtype, *shape)) for dtype in dtypes for shape in shapes)

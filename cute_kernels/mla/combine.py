@@ -2,10 +2,16 @@
 
     M = max_j lse_j,  w_j = 2^(lse_j - M),  out = sum_j w_j O_j / (sum_j w_j + 2^(sink - M))
 
-Only for sequences in more pieces than the decode kernel merges itself. Grid (row tiles x 32, sequences), 256 threads.
-A CTA owns 16 rows x 64 columns, a warp 8 of the columns: the piece of accumulator layout that one warp of the decode
-kernel stored with one instruction. Pieces are taken a chunk at a time with all loads in flight, the running maximum as
-in online softmax. Bound by reading the partial results from L2.
+Only for sequences in more pieces than the decode kernel merges itself. Grid (row tiles x 16-row groups x column groups,
+sequences), 256 threads. A CTA owns 16 rows x 64 or 128 columns, a warp 8 columns of each 64: the piece of accumulator
+layout that one warp of the decode kernel stored with one instruction. Pieces are taken a chunk at a time with all loads
+in flight, the running maximum as in online softmax. Bound by reading the partial results from L2.
+
+It is launched while the decode kernel still runs (programmatic dependent launch: when all CTAs of that have begun, so
+waiting is safe) and takes the place of CTAs that have ended. The pieces that a CTA needs are counted as they
+arrive, in a counter that no other CTA reads: when all are there it merges them, and puts the counter back to 0. If they
+don't come it waits for the decode kernel's end, after which the counter is final; if it is still wrong, so is the plan,
+and the result is NaN.
 """
 
 from dataclasses import dataclass
@@ -13,15 +19,28 @@ from dataclasses import dataclass
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16, Float32, Int32, Int64
+from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, const_expr
 from cutlass.memory import SmemAllocator
 
 from ..jit import Program
 from ..sm90 import ptx
 from ..sm90.args import fake_args, param_kinds
 from ..sm90.gmem import load_f32, load_i32, store_f32
-from .config import COMBINE_REQ, COMBINE_THREADS, HEAD_DIM_V, MERGE_MAX, TILE_M, CombineConfig
+from .config import (
+    ARRIVALS,
+    COMBINE_REQ,
+    COMBINE_THREADS,
+    FAULT_PIECES,
+    HEAD_DIM_V,
+    MERGE_MAX,
+    POLL_NS,
+    TILE_M,
+    WARPS_OUT,
+    CombineConfig,
+)
 from .cta import LN2, LOG2E, NEG_BIG
+from .faults import lse_index, report_fault
+from .work import plan_belongs
 
 
 @dataclass(frozen=True)
@@ -36,26 +55,49 @@ class CombineArgs:
     lse: cute.Pointer
     partial_out: cute.Pointer
     partial_lse: cute.Pointer
+    arrivals: cute.Pointer
+    report: cute.Pointer
     batch: Int32
+    slots: Int32
     s_q: Int32
     heads_per_kv: Int32
     h_q: Int32
     total_q: Int32
     ragged: Int32
     has_sink: Int32
-    listed: Int32  # 1: the plan lists the sequences to combine; 0: look at every sequence (fixed splits)
+    split_blocks: Int32  # 0: the plan lists the sequences to combine; else look at every sequence
+    partitions: Int32
     count: Int32  # entries of the list, or sequences
+    row_groups: Int32  # groups of 16 rows of a tile that are ever filled
     empty_lse: Float32
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a CTA merges of every sequence: 16 rows, and 64 columns or twice that."""
+
+    slot_tile: Int32
+    tile: Int32
+    kv_head: Int32
+    all_tiles: Int32  # of a slot
+    decode_warp: Int32  # which warp of the decode kernel stored it
+    columns: Int32  # the first group of 64
+    first_row: Int32
+    warp: Int32
+    lane: Int32
 
 
 class MlaCombine:
     def __init__(self, config: CombineConfig):
         self.dtype = BFloat16 if config.dtype == "bf16" else Float16
-        self.chunk = config.chunk
+        self.chunk, self.vectors = config.chunk, config.vectors
+        self.ctas_per_sm = config.ctas_per_sm
 
         @cute.struct
         class Smem:
-            out: cute.struct.Align[cute.struct.MemRange[Int32, 16 * 32], 16]  # 16 rows x 64 columns of 16 bits
+            arrived: cute.struct.MemRange[Int32, 2]
+            # 16 rows x 64 columns of 16 bits for each vector
+            out: cute.struct.Align[cute.struct.MemRange[Int32, 16 * 32 * config.vectors], 16]
 
         self.Smem = Smem
 
@@ -65,114 +107,144 @@ class MlaCombine:
             grid=(1, 1, 1),
             block=(COMBINE_THREADS, 1, 1),
             stream=stream,
-            min_blocks_per_mp=24 // self.chunk,  # latency bound: several CTAs per SM hide each other's loads
+            min_blocks_per_mp=self.ctas_per_sm,
             preferred_smem_carveout=0,
             use_pdl=True,
         )
 
     @cute.kernel
     def kernel(self, a: CombineArgs):
-        group, index, _ = cute.arch.block_idx()
-        sm = SmemAllocator().allocate(self.Smem)
-        staged = sm.out.get_tensor(cute.make_layout((16, 32), stride=(32, 1)))
-        # The plan was complete before the decode kernel, which this one may overlap, began to run.
+        part, first, _ = cute.arch.block_idx()
         _, step, _ = cute.arch.grid_dim()
-        while index < a.count:
-            req = index
-            if a.listed != 0:
-                req = load_i32(a.plan, index * 8 + COMBINE_REQ)
-            index += step
-            if req < a.batch:
-                slot = load_i32(a.num_splits, req)
-                pieces = load_i32(a.num_splits, req + 1) - slot
-                if pieces > MERGE_MAX:
-                    self.merge(a, staged, req, slot, pieces, group)
-            else:
-                index = a.count
+        sm = SmemAllocator().allocate(self.Smem)
+        arrived = sm.arrived.get_tensor(cute.make_layout(2))
+        staged = sm.out.get_tensor(cute.make_layout((self.vectors, 16, 32), stride=(512, 32, 1)))
+        cute.arch.griddepcontrol_launch_dependents()
+        # The plan was complete before the decode kernel, which this one may overlap, began to run.
+        if plan_belongs(a.plan, a.partitions, a.batch, a.split_blocks):
+            share, index = self.share(a, part), first
+            req, slot, pieces = self.entry(a, index)
+            while req < a.batch:
+                index += step
+                next_req, next_slot, next_pieces = self.entry(a, index)
+                if (pieces > MERGE_MAX) & (pieces <= a.slots) & (slot >= 0) & (slot <= a.slots - pieces):
+                    self.merge(a, staged, arrived, req, slot, pieces, share)
+                req, slot, pieces = next_req, next_slot, next_pieces
+        if (part == 0) & (first == 0):  # who waits for this kernel's end must wait for the decode kernel's too
+            cute.arch.griddepcontrol_wait()
 
     @cute.jit
-    def merge(self, a: CombineArgs, staged: cute.Tensor, req: Int32, slot: Int32, pieces: Int32, group: Int32):
+    def entry(self, a: CombineArgs, index: Int32):
+        """A sequence to look at, its first slot and its pieces; the batch size behind the last."""
+        req, slot, pieces = a.batch, Int32(0), Int32(0)
+        if index < a.count:
+            req = index
+            if a.split_blocks == 0:
+                req = load_i32(a.plan, index * 8 + COMBINE_REQ)
+        if req < a.batch:
+            slot = load_i32(a.num_splits, req)
+            pieces = load_i32(a.num_splits, req + 1) - slot
+        return req, slot, pieces
+
+    def share(self, a: CombineArgs, part):
         tid, _, _ = cute.arch.thread_idx()
-        warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
         tiles = (a.s_q * a.heads_per_kv + (TILE_M - 1)) // TILE_M
-        all_tiles = tiles * (a.h_q // a.heads_per_kv)
-        # group = ((tile of a slot, warp of the decode CTA), 64 columns)
-        slot_tile, decode_warp, columns = group // 32, (group // 4) % 8, group % 4
-        kv_head, tile = slot_tile // tiles, slot_tile % tiles
+        # part = (tile of a slot, warpgroup of the decode CTA, 16 rows, columns)
+        column_groups = 4 // self.vectors
+        columns, rest = part % column_groups, part // column_groups
+        row_group, rest = rest % a.row_groups, rest // a.row_groups
+        slot_tile = rest // 2
+        return Share(
+            slot_tile=slot_tile,
+            tile=slot_tile % tiles,
+            kv_head=slot_tile // tiles,
+            all_tiles=tiles * (a.h_q // a.heads_per_kv),
+            decode_warp=rest % 2 * 4 + row_group,
+            columns=columns * self.vectors,
+            first_row=row_group * 16,
+            warp=cute.arch.make_warp_uniform(tid // 32),
+            lane=tid % 32,
+        )
+
+    @cute.jit
+    def merge(
+        self,
+        a: CombineArgs,
+        staged: cute.Tensor,
+        arrived: cute.Tensor,
+        req: Int32,
+        slot: Int32,
+        pieces: Int32,
+        c: Share,
+    ):
         token0, s_q = req * a.s_q, a.s_q
         if a.ragged != 0:
             token0 = load_i32(a.cu_seqlens_q, req)
             s_q = load_i32(a.cu_seqlens_q, req + 1) - token0
-        first_row = (decode_warp % 4) * 16
-        rows = s_q * a.heads_per_kv - tile * TILE_M - first_row  # live ones of these 16 and below
-
-        vector = ((slot * all_tiles + slot_tile) * 8 + decode_warp) * 32 + columns * 8 + warp
-        values = a.partial_out.toint() + (Int64(vector) * 32 + lane) * 16
-        values_step = Int64(all_tiles) * (TILE_M * HEAD_DIM_V * 4)
-        lses = (Int64(slot) * all_tiles + slot_tile) * TILE_M + first_row + lane // 4
-        lses_step = all_tiles * TILE_M
-
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
+        rows = s_q * a.heads_per_kv - c.tile * TILE_M - c.first_row  # live ones of these 16 and below
         if rows > 0:
-            acc = cute.make_rmem_tensor(4, Float32)
+            acc = cute.make_rmem_tensor((4, self.vectors), Float32)
             top = cute.make_rmem_tensor(2, Float32)
             total = cute.make_rmem_tensor(2, Float32)
             acc.fill(0.0)
             top.fill(NEG_BIG)
             total.fill(0.0)
-            for first in cutlass.range(0, pieces, self.chunk, unroll=1):
-                self.add_chunk(a, acc, top, total, values, values_step, lses, lses_step, first, pieces, lane)
-            frag = cute.make_rmem_tensor(4, self.dtype)
-            words = cute.recast_tensor(frag, Int32)
-            for h in cutlass.range_constexpr(2):
-                row = first_row + lane // 4 + 8 * h
-                packed = tile * TILE_M + row
-                token = packed // a.heads_per_kv
-                head = kv_head * a.heads_per_kv + packed % a.heads_per_kv
-                live = lane // 4 + 8 * h < rows
-                denominator = total[h]
-                if a.has_sink != 0:
-                    if live:
-                        denominator += cute.math.exp2(load_f32(a.attn_sink, head) * LOG2E - top[h], fastmath=True)
-                seen = total[h] > 0.0
-                factor = cute.arch.rcp_approx(denominator) if seen else Float32(0.0)
-                frag[2 * h] = self.dtype(acc[2 * h] * factor)
-                frag[2 * h + 1] = self.dtype(acc[2 * h + 1] * factor)
-                staged[lane // 4 + 8 * h, warp * 4 + lane % 4] = words[h]
-                if live & (warp == 0) & (lane % 4 == 0) & (columns == 0) & (decode_warp < 4):
-                    index = (Int64(req) * a.h_q + head) * a.s_q + token
-                    if a.ragged != 0:
-                        index = Int64(head) * a.total_q + token0 + token
-                    lse = (top[h] + cute.math.log2(total[h], fastmath=True)) * LN2
-                    store_f32(a.lse, index, lse if seen else a.empty_lse)
-            cute.arch.sync_threads()
-            # 16 threads store the 128 bytes of one row
-            r, word = tid // 16, (tid % 16) * 2
-            if r < rows:
-                packed = tile * TILE_M + first_row + r
-                token = packed // a.heads_per_kv
-                head = kv_head * a.heads_per_kv + packed % a.heads_per_kv
-                column = (decode_warp // 4) * 256 + columns * 64 + word * 2
-                address = a.out.toint() + ((Int64(token0 + token) * a.h_q + head) * HEAD_DIM_V + column) * 2
-                ptx.st_global_v2(address, staged[r, word], staged[r, word + 1])
-            cute.arch.sync_threads()  # before the next sequence is staged
+            if self.await_pieces(a, arrived, req, slot, pieces, c):
+                for first in cutlass.range(0, pieces, self.chunk, unroll=1):
+                    self.add_chunk(a, acc, top, total, slot, first, pieces, c)
+            else:
+                total.fill(Float32.nan)
+            self.store(a, staged, acc, top, total, req, token0, rows, c)
+
+    @cute.jit
+    def await_pieces(
+        self, a: CombineArgs, arrived: cute.Tensor, req: Int32, slot: Int32, pieces: Int32, c: Share
+    ) -> Boolean:
+        """Wait for all pieces. False if, with the decode kernel at its end, there are not as many as planned."""
+        tid, _, _ = cute.arch.thread_idx()
+        if tid < self.vectors:
+            tile = (slot // (MERGE_MAX + 1)) * c.all_tiles + c.slot_tile
+            counter = a.arrivals + tile * ARRIVALS + c.decode_warp * 4 + c.columns + tid
+            count, start, polling = Int32(0), cute.arch.globaltimer(), Boolean(True)
+            while polling:
+                count = cute.arch.load(counter, Int32, sem="acquire", scope="gpu")
+                polling = (count < pieces) & (cute.arch.globaltimer() - start < POLL_NS)
+            if count < pieces:
+                cute.arch.griddepcontrol_wait()
+                count = cute.arch.load(counter, Int32, sem="acquire", scope="gpu")
+            cute.arch.store(counter, Int32(0), sem="relaxed", scope="gpu")
+            if count != pieces:  # a decode CTA that found a fault has said what it is
+                unsaid = cute.arch.load(a.report, Int32, sem="relaxed", scope="sys") == 0
+                report_fault(a.report.toint(), Int32(FAULT_PIECES), req, unsaid)
+            arrived[tid] = count
+        cute.arch.sync_threads()
+        complete = arrived[0] == pieces
+        if const_expr(self.vectors == 2):
+            complete &= arrived[1] == pieces
+        return complete
 
     @cute.jit
     def add_chunk(
-        self, a: CombineArgs, acc: cute.Tensor, top: cute.Tensor, total: cute.Tensor, values: Int64,
-        values_step: Int64, lses: Int64, lses_step: Int32, first: Int32, pieces: Int32, lane: Int32,
+        self, a: CombineArgs, acc: cute.Tensor, top: cute.Tensor, total: cute.Tensor, slot: Int32, first: Int32,
+        pieces: Int32, c: Share,
     ):  # fmt: skip
         """Add pieces first .. first + chunk - 1. The four lanes of a row share the work on its lse values."""
+        vector = ((slot * c.all_tiles + c.slot_tile) * WARPS_OUT + c.decode_warp) * 32 + c.columns * 8 + c.warp
+        values = a.partial_out.toint() + (Int64(vector) * 32 + c.lane) * 16
+        values_step = Int64(c.all_tiles) * (TILE_M * HEAD_DIM_V * 4)
+        lses = ((Int64(slot) * c.all_tiles + c.slot_tile) * WARPS_OUT + c.decode_warp) * 16 + c.lane // 4
+        lses_step = c.all_tiles * (WARPS_OUT * 16)
         loaded = []
         for u in cutlass.range_constexpr(self.chunk):
-            piece = first + u if first + u < pieces else pieces - 1  # past the end: the last one again, with weight 0
-            loaded.append(ptx.ld_global_v4_f32(values + Int64(piece) * values_step))
+            there = Int32(first + u < pieces)
+            for v in cutlass.range_constexpr(self.vectors):
+                address = values + Int64(first + u) * values_step + v * (8 * 512)
+                loaded.append(ptx.ld_global_v4_f32_if(address, there))
         weights = [[None] * (self.chunk // 4) for _ in range(2)]
         for h in cutlass.range_constexpr(2):
             high = top[h]
             for i in cutlass.range_constexpr(self.chunk // 4):
-                piece = first + 4 * i + lane % 4
+                piece = first + 4 * i + c.lane % 4
                 weights[h][i] = -Float32.inf
                 if piece < pieces:
                     weights[h][i] = load_f32(a.partial_lse, lses + 8 * h + Int64(piece) * lses_step)
@@ -188,19 +260,59 @@ class MlaCombine:
             added += cute.arch.shuffle_sync_bfly(added, offset=1)
             added += cute.arch.shuffle_sync_bfly(added, offset=2)
             total[h] = total[h] * shrink + added
-            acc[2 * h] = acc[2 * h] * shrink
-            acc[2 * h + 1] = acc[2 * h + 1] * shrink
+            for v in cutlass.range_constexpr(self.vectors):
+                acc[2 * h, v] = acc[2 * h, v] * shrink
+                acc[2 * h + 1, v] = acc[2 * h + 1, v] * shrink
         for u in cutlass.range_constexpr(self.chunk):
             for h in cutlass.range_constexpr(2):
-                weight = cute.arch.shuffle_sync(weights[h][u // 4], (lane // 4) * 4 + u % 4)
-                acc[2 * h] = acc[2 * h] + weight * loaded[u][2 * h]
-                acc[2 * h + 1] = acc[2 * h + 1] + weight * loaded[u][2 * h + 1]
+                weight = cute.arch.shuffle_sync(weights[h][u // 4], (c.lane // 4) * 4 + u % 4)
+                for v in cutlass.range_constexpr(self.vectors):
+                    for k in cutlass.range_constexpr(2 * h, 2 * h + 2):
+                        acc[k, v] = acc[k, v] + weight * loaded[u * self.vectors + v][k]
+
+    @cute.jit
+    def store(
+        self, a: CombineArgs, staged: cute.Tensor, acc: cute.Tensor, top: cute.Tensor, total: cute.Tensor, req: Int32,
+        token0: Int32, rows: Int32, c: Share,
+    ):  # fmt: skip
+        """Divide, and store whole lines by way of shared memory."""
+        frag = cute.make_rmem_tensor((2, self.vectors), self.dtype)
+        words = cute.recast_tensor(frag, Int32)
+        for h in cutlass.range_constexpr(2):
+            row = c.lane // 4 + 8 * h
+            packed = c.tile * TILE_M + c.first_row + row
+            token, head = packed // a.heads_per_kv, c.kv_head * a.heads_per_kv + packed % a.heads_per_kv
+            live = row < rows
+            denominator = total[h]
+            if a.has_sink != 0:
+                if live:
+                    denominator += cute.math.exp2(load_f32(a.attn_sink, head) * LOG2E - top[h], fastmath=True)
+            seen = total[h] != 0.0  # also NaN, from a fault
+            factor = cute.arch.rcp_approx(denominator) if seen else Float32(0.0)
+            for v in cutlass.range_constexpr(self.vectors):
+                frag[0, v] = self.dtype(acc[2 * h, v] * factor)
+                frag[1, v] = self.dtype(acc[2 * h + 1, v] * factor)
+                staged[v, row, c.warp * 4 + c.lane % 4] = words[0, v]
+            if live & (c.warp == 0) & (c.lane % 4 == 0) & (c.columns == 0) & (c.decode_warp < 4):
+                lse = (top[h] + cute.math.log2(total[h], fastmath=True)) * LN2
+                store_f32(a.lse, lse_index(a, req, token0, token, head), lse if seen else a.empty_lse)
+        cute.arch.sync_threads()
+        # 16 threads store the 128 bytes of one row
+        r, word = c.warp * 2 + c.lane // 16, (c.lane % 16) * 2
+        if r < rows:
+            packed = c.tile * TILE_M + c.first_row + r
+            token, head = packed // a.heads_per_kv, c.kv_head * a.heads_per_kv + packed % a.heads_per_kv
+            column = (c.decode_warp // 4) * 256 + c.columns * 64 + word * 2
+            address = a.out.toint() + ((Int64(token0 + token) * a.h_q + head) * HEAD_DIM_V + column) * 2
+            for v in cutlass.range_constexpr(self.vectors):
+                ptx.st_global_v2(address + v * 128, staged[v, r, word], staged[v, r, word + 1])
+        cute.arch.sync_threads()  # before the next sequence is staged
 
 
 def program(config: CombineConfig) -> Program:
     """The host function and the fake arguments that compile one variant."""
     kernel = MlaCombine(config)
-    name = f"cutehop_mla_combine_{config.dtype}_chunk{config.chunk}"
+    name = f"cutehop_mla_combine_{config.dtype}_chunk{config.chunk}x{config.vectors}"
     kernel.kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
     return Program(
         host=kernel,

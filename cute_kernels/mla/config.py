@@ -9,15 +9,27 @@ TILE_M = 64  # packed (token, head) rows per CTA: one wgmma M
 NUM_SLABS = HEAD_DIM // 64  # 64-column slabs of one block, 8 KiB each
 SLAB_BYTES = BLOCK * 64 * 2
 VISIT_COST = 4  # planner: what starting and finishing one piece costs, in blocks
-MERGE_MAX = (
-    2  # sequences in at most so many pieces are merged by the decode kernel itself, others by the combine kernel
-)
-COMBINE_REQ = 5  # column of the plan: row i holds the i-th sequence left to combine, or the batch size behind the last
-SEQLEN = 6  # column of the plan: length of the partition's first sequence
+MERGE_MAX = 2  # pieces that the decode kernel merges itself; sequences in more are left to the combine kernel
+# Columns of the plan: 0 to 4 are work.Record's, then
+COMBINE_REQ = 5  # row i holds the i-th sequence left to combine, or the batch size behind the last
+SEQLEN = 6  # length of the partition's first sequence
+CUT = 7  # split_blocks << CUT_SHIFT, plus the pieces of the sequence in whose middle the partition begins, 0 if in none
+CUT_SHIFT = 12
+CUT_PIECES = (1 << CUT_SHIFT) - 1  # more pieces are written as so many
 PAGE_SIZES = (16, 32, 64, 128)
 COMBINE_THREADS = 256
 PLAN_THREADS = 32
 RESCALE_LOG2 = 8.0  # O is rescaled only when a row maximum grew by more than 2**8
+WARPS_OUT = 8  # math warps: each stores 16 rows x 256 columns of a partial result
+ARRIVALS = 32  # counters of a combined sequence's tile: one per 16 rows x 64 columns, each read by one combine CTA
+POLL_NS = 1_000_000  # combine: after so long it waits for the whole decode kernel instead
+MERGE_NS = 2_000_000_000  # decode: nothing but a broken plan keeps the other piece away so long; it takes about 2 us
+
+# What a kernel writes to its call's report word, with the sequence: fault + 8 * sequence.
+FAULT_PLAN = 1  # the plan is of another batch size or other split_tokens
+FAULT_PIECES = 2  # num_splits and the plan's records disagree about the pieces of a sequence
+FAULT_LENGTHS = 3  # a sequence that is cut, or begins a partition, has another length than the plan says
+FAULT_MERGE = 4  # a piece did not arrive
 
 
 @dataclass(frozen=True)
@@ -35,10 +47,19 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class CombineConfig:
-    """One compiled combine kernel. chunk: pieces loaded before the first use, 8 or 16 (fewer CTAs per SM)."""
+    """One compiled combine kernel.
+
+    chunk: pieces loaded before the first use, 4, 8 or 16. vectors: 64-column groups of a CTA, 1 or 2.
+    """
 
     dtype: str
     chunk: int
+    vectors: int
+
+    @property
+    def ctas_per_sm(self) -> int:
+        """Latency bound: several CTAs per SM hide each other's loads, as many as their registers allow."""
+        return 4 if self.chunk == 4 else 24 // (self.chunk * self.vectors)
 
 
 @dataclass(frozen=True)
@@ -56,14 +77,52 @@ def combine_cost(rows: int) -> int:
     return 0 if rows <= 32 else 3
 
 
-def max_combines(batch: int, partitions: int) -> int:
-    """Most sequences a plan can leave to the combine kernel: each takes at least MERGE_MAX of the P - 1 cuts."""
-    return min(batch, (partitions - 1) // MERGE_MAX)
+def max_combines(batch: int, partitions: int, rows: int, max_blocks: int, split_blocks: int) -> int:
+    """Most sequences that a plan can leave to the combine kernel, from shapes alone.
+
+    Each takes at least MERGE_MAX of the P - 1 cuts, and has more than MERGE_MAX pieces of which only one may be short.
+    """
+    if max_blocks <= MERGE_MAX * (split_blocks or min_piece(rows)):
+        return 0
+    return batch if split_blocks else min(batch, (partitions - 1) // MERGE_MAX)
 
 
-def combine_chunk(batch: int, partitions: int, split_blocks: int) -> int:
-    """Few sequences have many pieces each; with fixed splits the order of additions must not depend on the batch."""
-    return 16 if partitions >= 12 * batch and split_blocks == 0 else 8
+def max_slots(batch: int, partitions: int, max_blocks: int, split_blocks: int) -> int:
+    """Most partial results a plan can ask for: a cut between partitions adds a piece to a sequence that is split."""
+    if split_blocks:
+        pieces = -(-max_blocks // split_blocks)
+        return batch * pieces if pieces > 1 else 0
+    cuts = partitions - 1
+    return cuts + min(cuts, batch)
+
+
+def arrivals(slots: int) -> int:
+    """Counters of arrived pieces for one tile: sequences left to the combine kernel begin more than MERGE_MAX apart."""
+    return -(-slots // (MERGE_MAX + 1)) * ARRIVALS
+
+
+def combine_shape(batch: int, partitions: int, split_blocks: int) -> tuple[int, int]:
+    """(chunk, vectors). Few sequences have many pieces each; many have few, and their CTAs had better be few.
+
+    With fixed splits the order of additions must not depend on the batch.
+    """
+    if split_blocks == 0 and partitions < 6 * batch:
+        return 4, 2
+    return (16, 1) if split_blocks == 0 and partitions >= 24 * batch else (8, 1)
+
+
+def combine_grid(config: CombineConfig, combines: int, tiles: int, rows: int, num_sms: int) -> tuple[int, int, int]:
+    """CTAs of a call: as many as are resident at a time, each taking one part of sequence after sequence.
+
+    tiles: row tiles of a slot, over all kv heads. rows: of one sequence and kv head.
+    """
+    parts = tiles * 2 * row_groups(rows) * (4 // config.vectors)
+    return parts, max(min(combines, num_sms * config.ctas_per_sm // parts), 1), 1
+
+
+def row_groups(rows: int) -> int:
+    """Groups of 16 rows of a tile that any call of this shape fills."""
+    return min(-(-rows // 16), TILE_M // 16)
 
 
 def row_tiles(s_q: int, heads_per_kv: int) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Boolean, Int32
 
 WG = 128  # threads of a warpgroup
 BAR_MAX0, BAR_MAX1, BAR_P0, BAR_P1, BAR_SYNC = 1, 2, 3, 4, 5  # named barriers of both math warpgroups
@@ -28,6 +28,10 @@ class Shared:
     scale1: cute.Tensor  # (64,) the same for WG1
     row_sum: cute.Tensor  # (128,)
     ticket: cute.Tensor  # (1,) this CTA's turn at a merge
+    # What work.get_cut compares with. It looks here, as for more pointers ptxas would take uniform registers that then
+    # lack in the main loop: R2UR before every wgmma.
+    cuts: cute.Tensor  # (3,) sequence in whose middle the partition begins, or -1; CUT of this partition, of the next
+    addresses: cute.Tensor  # (2,) of cache_seqlens and report
     q_full: cute.Pointer
     q_empty: cute.Pointer
     k_full: cute.Pointer  # 18: a slab of K0 or K1 has landed
@@ -46,6 +50,7 @@ class Place:
     tile: Int32
     kv_head: Int32
     part: Int32
+    belongs: Boolean  # the plan is of this call; if not, there is no work
     wg: Int32  # 0 or 1, uniform in a warp
     t: Int32  # thread of the warpgroup
     row: Int32  # the thread's rows are row and row + 8

@@ -26,7 +26,7 @@ Pipelines (mbarriers; L = columns 0-255, R = 256-575)
 Named barriers (256 threads; one warpgroup arrives, the other waits)
     MAX0 a0 and m ready | MAX1 a1 and m ready | P0 in smem | P1 in smem and V0_R issued | SYNC both wait
 
-Shared memory (bytes): Q 73728, K 2 x 73728, P0 8192, row statistics 1280, ticket 4, mbarriers 192. P1 overlays the RoPE
+Shared memory (bytes): Q 73728, K 2 x 73728, P0 8192, row statistics 1280, plan words 32, mbarriers 192. P1 overlays the RoPE
 slab of Q, which both warpgroups keep in registers.
 
 Bounds: 2176 tensor cycles and 2304 shared-memory cycles per block and CTA; 73,728 B of DRAM per block.
@@ -48,7 +48,7 @@ from .config import BLOCK, HEAD_DIM, NUM_SLABS, TILE_M, DecodeConfig
 from .cta import WG, Place, Shared
 from .loaders import Loaders
 from .math import Math, Mmas
-from .work import DecodeArgs
+from .work import DecodeArgs, plan_belongs
 
 THREADS = 3 * WG
 
@@ -71,6 +71,8 @@ class MlaDecode(Loaders, Math):
             scale1: cute.struct.MemRange[Float32, TILE_M]
             row_sum: cute.struct.MemRange[Float32, 2 * TILE_M]
             ticket: cute.struct.MemRange[Int32, 1]
+            cuts: cute.struct.MemRange[Int32, 3]
+            addresses: cute.struct.MemRange[Int64, 2]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, TILE_M * HEAD_DIM], 1024]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * BLOCK * HEAD_DIM], 1024]
             p0: cute.struct.Align[cute.struct.MemRange[self.dtype, TILE_M * BLOCK], 1024]
@@ -143,6 +145,8 @@ class MlaDecode(Loaders, Math):
             scale1=sm.scale1.get_tensor(cute.make_layout(TILE_M)),
             row_sum=sm.row_sum.get_tensor(cute.make_layout(2 * TILE_M)),
             ticket=sm.ticket.get_tensor(cute.make_layout(1)),
+            cuts=sm.cuts.get_tensor(cute.make_layout(3)),
+            addresses=sm.addresses.get_tensor(cute.make_layout(2)),
             q_full=sm.q_full.data_ptr(),
             q_empty=sm.q_empty.data_ptr(),
             k_full=sm.k_full.data_ptr(),
@@ -154,7 +158,9 @@ class MlaDecode(Loaders, Math):
 
         wg = warp_id // 4  # 2 is the loaders
         t = tid % WG
-        place = Place(tile, kv_head, part, wg, t, (t // 32) * 16 + (t % 32) // 4)
+        _, _, partitions = cute.arch.grid_dim()
+        belongs = plan_belongs(args.plan, partitions, args.batch, args.split_blocks)
+        place = Place(tile, kv_head, part, belongs, wg, t, (t // 32) * 16 + (t % 32) // 4)
         if wg == 2:
             cute.arch.setmaxregister_decrease(40)
             if warp_id == 8:

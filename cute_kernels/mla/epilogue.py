@@ -2,28 +2,29 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
 from ..sm90 import ptx
-from ..sm90.gmem import load_f32, load_i32, store_f32
-from .config import HEAD_DIM_V, MERGE_MAX, TILE_M
+from ..sm90.gmem import load_f32, store_f32
+from .config import ARRIVALS, FAULT_MERGE, HEAD_DIM_V, MERGE_MAX, MERGE_NS, TILE_M, WARPS_OUT
 from .cta import LN2, LOG2E, Place, Shared, sync_math
-from .work import DecodeArgs, Piece, partial_tile
+from .faults import Faults, lse_index, report_fault
+from .work import Cut, DecodeArgs, Piece, get_cut, partial_tile
+
+STORED = 4  # what a ticket says when both have come and the first has stored
 
 
-class Epilogue:
+class Epilogue(Faults):
     """Part of decode.MlaDecode."""
 
     dtype: type
 
     @cute.jit
     def epilogue(
-        self, a: DecodeArgs, s: Shared, O: cute.Tensor, L: cute.Tensor, piece: Piece, req: Int32, split: Int32,
-        c: Place,
+        self, a: DecodeArgs, s: Shared, O: cute.Tensor, L: cute.Tensor, piece: Piece, end_req: Int32, req: Int32,
+        split: Int32, c: Place,
     ):  # fmt: skip
         """Divide by the row sums, store straight from registers: Q and K of the next piece keep streaming in."""
-        slot = load_i32(a.num_splits, req)
-        pieces = load_i32(a.num_splits, req + 1) - slot
         for h in cutlass.range_constexpr(2):
             total = L[h] + cute.arch.shuffle_sync_bfly(L[h], offset=1)
             total += cute.arch.shuffle_sync_bfly(total, offset=2)
@@ -32,17 +33,33 @@ class Epilogue:
         lse = cute.make_rmem_tensor(2, Float32)
         lse[0], lse[1] = s.row_max[c.row], s.row_max[c.row + 8]
         sync_math()
+        cut = get_cut(a, s, piece, end_req, req, c)
         total0 = s.row_sum[c.row] + s.row_sum[c.row + TILE_M]
         total1 = s.row_sum[c.row + 8] + s.row_sum[c.row + 8 + TILE_M]
         sync_math()  # the next piece may overwrite the statistics
         self.normalize(O, lse, total0, total1)
+        leader = (c.wg == 0) & (c.t == 0)
+        report_fault(s.addresses[1], cut.fault, req, leader)
+        poison = Float32.nan if cut.fault != 0 else Float32(0.0)
+        for h in cutlass.range_constexpr(2):
+            lse[h] = lse[h] + poison  # NaN makes the row NaN when it is merged or stored
+        self.finish(a, s, O, lse, piece, cut, req, split, leader, c)
+
+    @cute.jit
+    def finish(
+        self, a: DecodeArgs, s: Shared, O: cute.Tensor, lse: cute.Tensor, piece: Piece, cut: Cut, req: Int32,
+        split: Int32, leader: Boolean, c: Place,
+    ):  # fmt: skip
+        """Store the result, or a piece of it for others to merge."""
         rows = piece.s_q * a.heads_per_kv - c.tile * TILE_M  # live rows of the tile
-        mine = pieces == 0
-        if pieces > 0:
-            if pieces > MERGE_MAX:
-                self.store_partial(a, O, lse, partial_tile(a, slot + split, c.tile, c.kv_head), rows, c)
-            else:
-                mine = self.merge(a, s, O, lse, slot, split, rows, c)
+        mine = Boolean(True)
+        if cut.pieces > MERGE_MAX:
+            self.store_partial(a, O, lse, partial_tile(a, cut.slot + split, c.tile, c.kv_head), rows, c)
+            sync_math()
+            self.announce(a, cut, rows, c)
+            mine = Boolean(False)
+        elif cut.pieces > 0:
+            mine = self.merge(a, s, O, lse, cut, req, split, rows, leader, c)
         if mine:
             for h in cutlass.range_constexpr(2):
                 self.store_whole(a, O, h, lse[h], piece, req, rows, c)
@@ -61,39 +78,50 @@ class Epilogue:
 
     @cute.jit
     def merge(
-        self,
-        a: DecodeArgs,
-        s: Shared,
-        O: cute.Tensor,
-        lse: cute.Tensor,
-        slot: Int32,
-        split: Int32,
-        rows: Int32,
-        c: Place,
-    ):
+        self, a: DecodeArgs, s: Shared, O: cute.Tensor, lse: cute.Tensor, cut: Cut, req: Int32, split: Int32,
+        rows: Int32, leader: Boolean, c: Place,
+    ):  # fmt: skip
         """Merge the two pieces of a sequence. True for the CTA that ends up with the result in its registers.
 
         The CTA that comes first stores its piece and goes on, the second adds it to its own. Both orders give the same
         bits, so the result does not depend on timing. The second waits only for a CTA that is already storing; nobody
-        waits for a CTA that may not be running. The ticket counts 1 per arrival and 2 for "stored", and returns to 0.
+        waits for a CTA that may not be running. The ticket counts 1 per arrival and 2 for "stored", and returns to 0:
+        exactly two CTAs come to a boundary, fault or not (work.get_cut). Two pieces of one CTA need no ticket.
         """
-        ticket = a.tickets + partial_tile(a, slot, c.tile, c.kv_head)
-        leader = (c.wg == 0) & (c.t == 0)
+        meets, change = cut.boundary >= 0, Int32(2)
+        ticket = a.tickets + partial_tile(a, cut.boundary, c.tile, c.kv_head)
         if leader:
-            s.ticket[0] = cute.arch.atomic_add(ticket, Int32(1), sem="acq_rel", scope="gpu")
+            s.ticket[0] = split
+            if meets:
+                s.ticket[0] = cute.arch.atomic_add(ticket, Int32(1), sem="acq_rel", scope="gpu")
         sync_math()
         second = cute.arch.make_warp_uniform(s.ticket[0]) != 0
         if second:
-            while cute.arch.make_warp_uniform(cute.arch.load(ticket, Int32, sem="acquire", scope="gpu")) != 4:
-                pass
-            self.add_partial(a, O, lse, partial_tile(a, slot + (split ^ 1), c.tile, c.kv_head), rows, c)
+            if meets:
+                change = self.await_first(s, ticket, lse, req, leader)
+            self.add_partial(a, O, lse, partial_tile(a, cut.slot + (split ^ 1), c.tile, c.kv_head), rows, c)
         else:
-            self.store_partial(a, O, lse, partial_tile(a, slot + split, c.tile, c.kv_head), rows, c)
+            self.store_partial(a, O, lse, partial_tile(a, cut.slot + split, c.tile, c.kv_head), rows, c)
         sync_math()
-        if leader:
+        if leader & meets:
             cute.arch.fence_acq_rel_gpu()
-            cute.arch.atomic_add(ticket, Int32(-4) if second else Int32(2), sem="release", scope="gpu")
+            cute.arch.atomic_add(ticket, change, sem="release", scope="gpu")
         return second
+
+    @cute.jit
+    def await_first(self, s: Shared, ticket: cute.Pointer, lse: cute.Tensor, req: Int32, leader: Boolean):
+        """Wait until the first CTA has stored; what then brings the ticket back to 0.
+
+        Only a plan that is overwritten meanwhile can make that take too long: the result is NaN then.
+        """
+        start, state, late = cute.arch.globaltimer(), Int32(0), Int32(0)
+        while (state != STORED) & (late == 0):
+            state = cute.arch.make_warp_uniform(cute.arch.load(ticket, Int32, sem="acquire", scope="gpu"))
+            late = cute.arch.make_warp_uniform(Int32(cute.arch.globaltimer() - start > MERGE_NS))
+        if state != STORED:
+            lse.fill(Float32.nan)
+            report_fault(s.addresses[1], Int32(FAULT_MERGE), req, leader)
+        return -state
 
     @cute.jit
     def add_partial(self, a: DecodeArgs, O: cute.Tensor, lse: cute.Tensor, tile_index: Int32, rows: Int32, c: Place):
@@ -102,9 +130,9 @@ class Epilogue:
             base = a.partial_out.toint() + ((Int64(tile_index) * 8 + c.wg * 4 + c.t // 32) * 32 * 32 + c.t % 32) * 16
             mine, theirs = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
             for h in cutlass.range_constexpr(2):
-                other = load_f32(a.partial_lse, Int64(tile_index) * TILE_M + c.row + 8 * h)
+                other = load_f32(a.partial_lse, partial_row(tile_index, c) + 8 * h)
                 top = cute.arch.fmax(lse[h], other)
-                seen = top > -Float32.inf
+                seen = top != -Float32.inf  # also NaN, from a fault
                 top = top if seen else Float32(0.0)
                 mine[h] = cute.math.exp2(lse[h] - top, fastmath=True)
                 theirs[h] = cute.math.exp2(other - top, fastmath=True)
@@ -131,7 +159,7 @@ class Epilogue:
         packed = c.tile * TILE_M + row
         token = packed // a.heads_per_kv
         head = c.kv_head * a.heads_per_kv + packed % a.heads_per_kv
-        factor = Float32(1.0)
+        factor = Float32(1.0) if lse == lse else Float32.nan
         if a.has_sink != 0:
             if (row < rows) & (lse > -Float32.inf):  # else O is 0 already
                 sink = load_f32(a.attn_sink, head) * LOG2E
@@ -139,10 +167,8 @@ class Epilogue:
         out_row = a.out.toint() + (Int64(piece.token0 + token) * a.h_q + head) * (HEAD_DIM_V * 2)
         self.store_row(O, h, factor, out_row, row < rows, c)
         if (c.wg == 0) & (c.t % 4 == 0) & (row < rows):
-            index = (Int64(req) * a.h_q + head) * a.s_q + token
-            if a.ragged != 0:
-                index = Int64(head) * a.total_q + piece.token0 + token
-            store_f32(a.lse, index, lse * LN2 if lse > -Float32.inf else a.empty_lse)
+            index = lse_index(a, req, piece.token0, token, head)
+            store_f32(a.lse, index, lse * LN2 if lse != -Float32.inf else a.empty_lse)
 
     @cute.jit
     def store_row(self, O: cute.Tensor, h, factor: Float32, out_row: Int64, live, c: Place):
@@ -169,6 +195,19 @@ class Epilogue:
             base = a.partial_out.toint() + ((Int64(tile_index) * 8 + c.wg * 4 + c.t // 32) * 32 * 32 + c.t % 32) * 16
             for j in cutlass.range_constexpr(32):
                 ptx.st_global_v4_f32(base + j * 512, O[4 * j], O[4 * j + 1], O[4 * j + 2], O[4 * j + 3])
-            if (c.wg == 0) & (c.t % 4 == 0):
-                store_f32(a.partial_lse, Int64(tile_index) * TILE_M + c.row, lse[0])
-                store_f32(a.partial_lse, Int64(tile_index) * TILE_M + c.row + 8, lse[1])
+            if c.t % 4 == 0:
+                store_f32(a.partial_lse, partial_row(tile_index, c), lse[0])
+                store_f32(a.partial_lse, partial_row(tile_index, c) + 8, lse[1])
+
+    @cute.jit
+    def announce(self, a: DecodeArgs, cut: Cut, rows: Int32, c: Place):
+        """Count this piece for the combine kernel, with one instruction: lane = (warpgroup, 16 rows, 64 columns)."""
+        tile = partial_tile(a, cut.slot // (MERGE_MAX + 1), c.tile, c.kv_head)
+        first_row = (c.t // 4) % 4 * 16
+        wanted = (c.wg == 0) & (c.t < ARRIVALS) & (first_row < rows)
+        ptx.red_release_gpu_if(a.arrivals + tile * ARRIVALS + c.t, Int32(1), Int32(wanted))
+
+
+def partial_row(tile_index, c: Place):
+    """Element of partial_lse of the thread's first row. Each warp stores the lse of its rows, so it needs no other."""
+    return (Int64(tile_index) * WARPS_OUT + c.wg * 4 + c.t // 32) * 16 + (c.t % 32) // 4

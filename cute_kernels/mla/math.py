@@ -11,7 +11,7 @@ from ..sm90 import ptx
 from .config import BLOCK, HEAD_DIM_V, NUM_SLABS, RESCALE_LOG2, SLAB_BYTES, TILE_M
 from .cta import BAR_MAX0, BAR_MAX1, BAR_P0, BAR_P1, K0L, K0R, K1L, K1R, NEG_BIG, WG, Place, Shared, sync_math
 from .epilogue import Epilogue
-from .work import DecodeArgs, Piece, get_piece, load_record, next_position, not_done, visible_keys
+from .work import DecodeArgs, Piece, get_piece, load_record, next_position, not_done, put_cuts, visible_keys
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,11 @@ class Math(Epilogue):
         )
         get = cute.make_tiled_copy_A(cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype), mma.qk_rs)
         tQs, tQr = get.get_slice(c.t).partition_S(s.sP1), get.get_slice(c.t).retile(r.Q8)
-        record = load_record(a, c.part)
+        if not c.belongs:
+            self.refuse(a, c)
+        record = load_record(a, c.part, c.belongs)
+        if (c.wg == 0) & (c.t == 0):
+            put_cuts(a, s, record, c)
         req, block, split, seqlen = record.req, record.block, record.split, record.seqlen
         q_phase, phase0, phase1 = Int32(0), Int32(0), Int32(0)
         while not_done(req, block, record):
@@ -101,7 +105,7 @@ class Math(Epilogue):
                 phase1 ^= (piece.n // 2) & 1
                 if c.t == 0:
                     cute.arch.mbarrier_arrive(s.q_empty)
-            self.epilogue(a, s, r.O, r.L, piece, req, split, c)
+            self.epilogue(a, s, r.O, r.L, piece, record.end_req, req, split, c)
             req, block, split, seqlen = next_position(a, record, piece, req, split)
 
     @cute.jit

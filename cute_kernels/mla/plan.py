@@ -18,7 +18,7 @@ from cutlass import Int32, const_expr
 from ..jit import Program
 from ..sm90.args import fake_args, param_kinds
 from ..sm90.gmem import load_i32, store_i32
-from .config import COMBINE_REQ, MERGE_MAX, PLAN_THREADS, SEQLEN, VISIT_COST, PlanConfig
+from .config import COMBINE_REQ, CUT, CUT_PIECES, CUT_SHIFT, MERGE_MAX, PLAN_THREADS, SEQLEN, VISIT_COST, PlanConfig
 from .work import num_blocks
 
 
@@ -84,7 +84,8 @@ class MlaPlan:
         for part in cutlass.range(used + lane, a.partitions, 32, unroll=1):
             for i in cutlass.range_constexpr(8):
                 if const_expr(i != COMBINE_REQ):
-                    store_i32(a.plan, part * 8 + i, a.batch if const_expr(i in (0, 2)) else Int32(0))
+                    unused = {0: a.batch, 2: a.batch, CUT: a.split_blocks << CUT_SHIFT}
+                    store_i32(a.plan, part * 8 + i, unused.get(i, Int32(0)))
 
     @cute.jit
     def search(self, a: PlanArgs, shortest: Int32, lowest: Int32, highest: Int32, lane: Int32):
@@ -114,6 +115,7 @@ class MlaPlan:
         if const_expr(write):
             if stores:
                 self.begin(a, part, Int32(0), Int32(0), Int32(0), lengths)
+                store_i32(a.plan, CUT, a.split_blocks << CUT_SHIFT)
                 store_i32(a.num_splits, 0, slots)
         for first in cutlass.range(0, a.batch, 32, unroll=1):
             these = lengths
@@ -123,6 +125,7 @@ class MlaPlan:
                 seqlen = cute.arch.shuffle_sync(these, req - first)
                 blocks = num_blocks(seqlen)
                 done, pieces = Int32(0), Int32(0)
+                opened, whole = part + 1, part + 1  # partitions that begin here; those before `whole` with the sequence
                 while done < blocks:
                     done, pieces, credit = self.take(a, blocks, done, pieces, credit, shortest)
                     if done < blocks:  # the partition is full
@@ -132,11 +135,16 @@ class MlaPlan:
                                 self.begin(a, part + 1, req, done, pieces, seqlen)
                         part += 1
                         credit = width
+                        whole = part + 1 if done == 0 else whole
                 most = pieces if pieces > most else most
                 if const_expr(write):
                     slots += pieces if pieces > 1 else Int32(0)
                     if stores:
                         store_i32(a.num_splits, req + 1, slots)
+                    known = pieces if pieces < CUT_PIECES else Int32(CUT_PIECES)
+                    for i in cutlass.range(opened + lane, part + 1, 32, unroll=1):
+                        cut = known if i >= whole else Int32(0)
+                        store_i32(a.plan, i * 8 + CUT, (a.split_blocks << CUT_SHIFT) + cut)
                     if (pieces > MERGE_MAX) & (combines < a.partitions):
                         if stores:
                             store_i32(a.plan, combines * 8 + COMBINE_REQ, req)
@@ -183,7 +191,7 @@ class MlaPlan:
         return seqlen
 
     def begin(self, a, part, req, block, split, seqlen):
-        for field, value in ((0, req), (1, block), (4, split), (SEQLEN, seqlen), (7, Int32(0))):
+        for field, value in ((0, req), (1, block), (4, split), (SEQLEN, seqlen)):
             store_i32(a.plan, part * 8 + field, value)
 
     def end(self, a, part, req, block):

@@ -3,10 +3,22 @@
 from dataclasses import dataclass
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64
+from cutlass import Boolean, Float32, Int32, Int64
 
+from ..sm90 import ptx
 from ..sm90.gmem import load_i32
-from .config import BLOCK, SEQLEN, TILE_M
+from .config import (
+    BLOCK,
+    CUT,
+    CUT_PIECES,
+    CUT_SHIFT,
+    FAULT_LENGTHS,
+    FAULT_PIECES,
+    MERGE_MAX,
+    SEQLEN,
+    TILE_M,
+)
+from .cta import Place, Shared
 
 
 @dataclass(frozen=True)
@@ -24,8 +36,13 @@ class DecodeArgs:
     lse: cute.Pointer  # float32 (b, h_q, s_q) or (h_q, total_q)
     # float32 (slots, tiles, 8 warps, 32, 32 lanes, 4): accumulators as they lie in registers, divided by the row sums
     partial_out: cute.Pointer
-    partial_lse: cute.Pointer  # float32 (slots, tiles, 64 rows), base 2; -inf for a piece without visible keys
-    tickets: cute.Pointer  # int32 (slots, tiles): 0 between launches, see epilogue.Epilogue.merge
+    partial_lse: cute.Pointer  # float32 (slots, tiles, 8 warps, 16 rows), base 2; -inf for a piece without visible keys
+    # Both are 0 between launches.
+    tickets: cute.Pointer  # int32 (partitions, tiles): two pieces meet, see epilogue.Epilogue.merge
+    arrivals: cute.Pointer  # int32 (slots / 3, tiles, 32): pieces stored, see epilogue.Epilogue.announce
+    report: cute.Pointer  # int32 in host memory: what was wrong with the plan, see config.FAULT_*
+    batch: Int32
+    slots: Int32  # of the partial results
     q_group: Int32  # packed rows of a tile per token coordinate of the Q map; 1 << 30 if packed rows are one dimension
     q_kv_step: Int32  # head coordinates from one kv head to the next
     s_q: Int32  # tokens per sequence; with cu_seqlens_q their upper bound
@@ -52,9 +69,19 @@ class Record:
     seqlen: Int32  # of the first sequence: saves the first loads a round trip
 
 
-def load_record(a: DecodeArgs, part):
-    fields = [load_i32(a.plan, part * 8 + i) for i in (0, 1, 2, 3, 4, SEQLEN)]
-    return Record(*fields)
+@cute.jit
+def load_record(a: DecodeArgs, part: Int32, belongs: Boolean):
+    """The record of a partition; empty if the plan is not of this call."""
+    req, block, end_req, end_block, split, seqlen = [load_i32(a.plan, part * 8 + i) for i in (0, 1, 2, 3, 4, SEQLEN)]
+    end_req = end_req if belongs else req
+    end_block = end_block if belongs else block
+    return Record(req, block, end_req, end_block, split, seqlen)
+
+
+def plan_belongs(plan: cute.Pointer, partitions, batch, split_blocks):
+    """Whether a plan is of this batch size and these fixed cuts. All CTAs look at its last row, so all agree."""
+    end_req, end_block, cut = (load_i32(plan, (partitions - 1) * 8 + i) for i in (2, 3, CUT))
+    return (end_req == batch) & (end_block == 0) & (cut >> CUT_SHIFT == split_blocks)
 
 
 @dataclass(frozen=True)
@@ -125,6 +152,56 @@ def next_position(a: DecodeArgs, record: Record, piece: Piece, req: Int32, split
 
 def not_done(req, block, record: Record):
     return (req < record.end_req) | ((req == record.end_req) & (block < record.end_block))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the sequence of a piece is cut."""
+
+    slot: Int32  # of its first piece
+    pieces: Int32  # 0 for a whole sequence, and where a fault leaves nothing to merge
+    boundary: Int32  # the partition that begins with the second of two pieces, the one before has the first; else -1
+    fault: Int32  # 0, FAULT_PIECES or FAULT_LENGTHS
+
+
+@cute.jit
+def put_cuts(a: DecodeArgs, s: Shared, record: Record, c: Place):
+    """One thread: what get_cut compares with, into shared memory."""
+    _, _, partitions = cute.arch.grid_dim()
+    s.cuts[0] = record.req if record.split > 0 else Int32(-1)
+    s.cuts[1] = load_i32(a.plan, c.part * 8 + CUT)
+    s.cuts[2] = Int32(0)
+    if c.part + 1 < partitions:
+        s.cuts[2] = load_i32(a.plan, c.part * 8 + 8 + CUT)
+    s.addresses[0] = a.cache_seqlens.toint()
+    s.addresses[1] = a.report.toint()
+
+
+@cute.jit
+def get_cut(a: DecodeArgs, s: Shared, piece: Piece, end_req: Int32, req: Int32, c: Place):
+    """What num_splits says about the cuts, and whether the plan's records and the lengths agree.
+
+    Whether two CTAs meet at a boundary depends only on values that both of them read, and not on the lengths: each
+    finds the other there whatever the plan is. Every CTA with a piece of a sequence compares, so a num_splits that
+    passes everywhere is that of the records. A length is compared where the plan's is used.
+    """
+    slot = load_i32(a.num_splits, req)
+    pieces = load_i32(a.num_splits, req + 1) - slot
+    length = ptx.ld_global_i32(s.addresses[0] + Int64(req) * 4)
+    after = req == end_req  # the next partition begins in the middle of this sequence, or this one does
+    shared = after | (req == s.cuts[0])
+    planned = (s.cuts[2] if after else s.cuts[1]) & CUT_PIECES
+    planned = planned if shared else Int32(0)
+    expected = planned
+    if a.split_blocks > 0:
+        expected = (num_blocks(piece.seqlen) + a.split_blocks - 1) // a.split_blocks
+        expected = expected if expected > 1 else Int32(0)
+    inside = (slot >= 0) & (pieces >= 0) & (pieces <= a.slots) & (slot <= a.slots - pieces)
+    boundary = c.part + Int32(after) if inside & (pieces == MERGE_MAX) & (planned == MERGE_MAX) else Int32(-1)
+    fault = Int32(0) if length == piece.seqlen else Int32(FAULT_LENGTHS)
+    fault = fault if inside & (pieces == expected) else Int32(FAULT_PIECES)
+    pieces = pieces if (fault == 0) | (boundary >= 0) else Int32(0)
+    return Cut(slot, pieces, boundary, fault)
 
 
 @cute.jit

@@ -52,7 +52,7 @@ def ld_global_v4_f32_if(gmem_addr, wanted):
 def red_release_gpu_if(gmem_addr, value, wanted):
     """Add to an Int32 where `wanted` (Int32) is not 0, after what this thread has stored or seen is visible.
 
-    A predicate, not a branch: see cute_kernels/README.md, diverged warps.
+    A predicate, not a branch: see the log of mla/README.md.
     """
     cute.arch.inline_ptx(
         "{ .reg .pred p; setp.ne.s32 p, {$r2}, 0; @p red.release.gpu.global.add.s32 [{$r0}], {$r1}; }",
@@ -155,3 +155,7 @@ def barrier_or(value, barrier_id: int = 0, threads: int | None = None):
         write_only_types=[Int32],
         read_only_args=[value],
     )
+
+
+def ld_global_i32(gmem_addr):
+    return cute.arch.inline_ptx("ld.global.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[gmem_addr])

@@ -1,4 +1,4 @@
-"""DeepEP V1's names, signatures and conventions for its normal (high-throughput) mode on one node.
+"""DeepEP V1's names, signatures and conventions for its normal and low-latency modes on one node.
 
     import sys
     from cutehop.compat import deep_ep
@@ -13,7 +13,8 @@ Row order, -1 and 0 conventions, event and stream rules are V1's. What differs:
 * num_worst_tokens below the true count raises and does not write out of bounds.
 * A peer that does not come ends in EpTimeoutError, and the process goes on.
 * On a machine without a GPU the same Buffer works over a gloo group; streams and events do nothing there.
-* Low-latency and internode methods raise NotImplementedError.
+* The low-latency methods have memory of their own and rules of their own (_deep_ep_low_latency.py).
+* Internode methods raise NotImplementedError.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from ._deep_ep_checks import (
 )
 from ._deep_ep_config import Config
 from ._deep_ep_events import CommStream, EventHandle, EventOverlap
+from ._deep_ep_low_latency import LowLatency
 from ._deep_ep_refused import Refused
 
 __all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "topk_idx_t"]
@@ -48,7 +50,7 @@ topk_idx_t = torch.int64
 Rows: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 
 
-class Buffer(Refused):
+class Buffer(LowLatency, Refused):
     """Dispatch and combine among the ranks of one group; every rank makes the same calls in the same order.
 
     group: torch ProcessGroup of 1..8 ranks, of any backend on a GPU, gloo on a CPU.
@@ -56,8 +58,10 @@ class Buffer(Refused):
         for if all of them go to one rank, but no fewer than any rank brings to the first call.
     explicitly_destroy: the caller promises to call destroy() on every rank. Without it V1 frees its memory in a
         destructor, which is collective and can hang; here nothing does until runtime.destroy() on every rank.
-    num_rdma_bytes, num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric, enable_shrink: for
-        several nodes or low latency, accepted and without effect; low_latency_mode too (its methods raise).
+    low_latency_mode: the low-latency methods may be called.  enable_shrink: so may those for masks, and a rank that
+        does not come in time is masked by them.
+    num_rdma_bytes, num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric: for several nodes,
+        accepted and without effect.
     comm: an MPI communicator, not supported; pass group.
 
     Beyond V1, by keyword. The first dispatch or combine settles what is None of the first four, which costs an exchange
@@ -134,6 +138,7 @@ class Buffer(Refused):
         if self.runtime is not None:
             self.runtime.destroy()
         self.runtime = None
+        self._destroy_low_latency()
 
     @staticmethod
     def is_sm90_compiled() -> bool:
@@ -274,14 +279,15 @@ class Buffer(Refused):
         ValueError, TypeError for tensors that do not fit each other or the buffer; EpTimeoutError.
         """
         data, scales = x if isinstance(x, tuple) else (x, None)
-        num_sms = _num_sms(config)
         streams = previous_event, async_finish, allocate_on_comm_stream
         if handle is not None:
             check_no_choices(topk_idx, topk_weights)
             way = _unpack(handle)
             core = self._settled(Sizes.of(data, scales, None, None))
             received, event = self._comm.run(
-                lambda: core.dispatch_cached(data, scales, way, num_sms=num_sms), (data, scales, way), *streams
+                lambda: core.dispatch_cached(data, scales, way, num_sms=_num_sms(config, core)),
+                (data, scales, way),
+                *streams,
             )
             return _rows(*received), None, None, None, None, event
         check_layout(
@@ -297,7 +303,9 @@ class Buffer(Refused):
         core = self._settled(Sizes.of(data, scales, num_tokens_per_expert, topk_idx))
         routing = topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert
         out, event = self._comm.run(
-            lambda: core.dispatch(data, scales, *routing, num_worst_tokens=num_worst_tokens, num_sms=num_sms),
+            lambda: core.dispatch(
+                data, scales, *routing, num_worst_tokens=num_worst_tokens, num_sms=_num_sms(config, core)
+            ),
             (data, scales, *routing, num_tokens_per_rank),
             *streams,
         )
@@ -329,14 +337,13 @@ class Buffer(Refused):
         RuntimeError for the event rule of get_dispatch_layout; AssertionError, as in V1, for a tuple of other than two
         biases; ValueError, TypeError for tensors that do not fit each other or the buffer; EpTimeoutError.
         """
-        num_sms = _num_sms(config)
         biases = bias if isinstance(bias, tuple) else (bias, None)
         check(len(biases) == 2, f"deep_ep.combine: {len(biases)} biases, needs a tensor or two of them", AssertionError)
         way = _unpack(handle)
         tokens = len(way.is_token_in_rank)
         core = self._settled(Sizes(tokens, x.shape[-1], None, None if topk_weights is None else topk_weights.shape[-1]))
         (combined_x, combined_weights), event = self._comm.run(
-            lambda: core.combine(x, way, topk_weights, *biases, num_sms=num_sms),
+            lambda: core.combine(x, way, topk_weights, *biases, num_sms=_num_sms(config, core)),
             (x, way, topk_weights, *biases),
             previous_event,
             async_finish,
@@ -384,8 +391,8 @@ def _rows(recv_x: Tensor, recv_scales: Tensor | None) -> Rows:
     return recv_x, recv_scales
 
 
-def _num_sms(config: Config | None) -> int:
-    return Buffer.num_sms if config is None else config.num_sms
+def _num_sms(config: Config | None, core: CommBuffer) -> int:
+    return min(Buffer.num_sms if config is None else config.num_sms, core.max_num_sms or 1 << 30)
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -21,19 +21,26 @@ def layout(
     is_token_in_rank: Tensor,
 ) -> None:
     """Fill the outputs. topk_idx was checked."""
+    device = topk_idx.get_device()
+    if device != torch._C._cuda_getDevice():
+        outputs = {
+            "num_tokens_per_rank": num_tokens_per_rank, "num_tokens_per_expert": num_tokens_per_expert,
+            "is_token_in_rank": is_token_in_rank,
+        }  # fmt: skip
+        with torch.cuda.device(device):
+            return layout(topk_idx, num_experts, num_ranks, **outputs)
     topk_idx = topk_idx.contiguous()
-    with torch.cuda.device(topk_idx.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        layout_kernel(_CONFIG, stream).launch(
-            (LAYOUT_CLUSTER, 1, 1),
-            stream,
-            topk_idx.data_ptr(),
-            topk_idx.itemsize,
-            *topk_idx.shape,
-            num_experts,
-            num_experts // num_ranks,
-            num_tokens_per_rank.data_ptr(),
-            num_tokens_per_expert.data_ptr(),
-            is_token_in_rank.data_ptr(),
-            smem_bytes=4 * (num_experts + num_ranks),
-        )
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    layout_kernel(_CONFIG, stream).launch(
+        (LAYOUT_CLUSTER, 1, 1),
+        stream,
+        topk_idx.data_ptr(),
+        topk_idx.itemsize,
+        *topk_idx.shape,
+        num_experts,
+        num_experts // num_ranks,
+        num_tokens_per_rank.data_ptr(),
+        num_tokens_per_expert.data_ptr(),
+        is_token_in_rank.data_ptr(),
+        smem_bytes=4 * (num_experts + num_ranks),
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from functools import cache
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from cutehop.ref.mla_plan import BLOCK, METADATA_COLUMNS, num_partitions, plan_t
 
 PAGE_SIZES = (16, 32, 64, 128)
 MAX_HEADS = 128
+MAX_SPLIT_TOKENS = 1 << 24  # the plan's CUT column has no room for many more
 DTYPES = (torch.bfloat16, torch.float16)
 INT32, FLOAT32 = torch.int32, torch.float32  # looked up once
 
@@ -30,7 +30,7 @@ def count_sms(device: torch.device) -> int:
     return 132
 
 
-_sms_of = cache(count_sms)
+sms_of = cache(count_sms)
 
 
 def check_plan(cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int, num_sms: int, split_tokens: int) -> None:
@@ -51,7 +51,6 @@ def check_decode(
     cache_seqlens: Tensor,
     tile_scheduler_metadata: Tensor,
     num_splits: Tensor,
-    *,
     softmax_scale: float,
     causal: bool = False,
     attn_sink: Tensor | None = None,
@@ -71,7 +70,7 @@ def check_decode(
     _check_block_table(block_table, b, device)
     _check_tensor("mla_decode", "cache_seqlens", cache_seqlens, INT32, (b,), device)
     _check_tensor("mla_decode", "num_splits", num_splits, INT32, (b + 1,), device)
-    _check_metadata(tile_scheduler_metadata, num_partitions(s_q, h_q, h_kv, _sms_of(device)), device)
+    _check_metadata(tile_scheduler_metadata, num_partitions(s_q, h_q, h_kv, sms_of(device)), device)
     if attn_sink is not None:
         _check_tensor("mla_decode", "attn_sink", attn_sink, FLOAT32, (h_q,), device)
     if not 0.0 < softmax_scale < math.inf:
@@ -175,9 +174,10 @@ def _check_heads(op: str, h_q: int, h_kv: int) -> None:
 
 
 def _check_split_tokens(op: str, split_tokens: int) -> None:
-    if split_tokens < 0 or split_tokens % BLOCK:
+    if not 0 <= split_tokens <= MAX_SPLIT_TOKENS or split_tokens % BLOCK:
         raise ValueError(
-            f"{op}: split_tokens {split_tokens}, 0 or a positive multiple of {BLOCK}; 0 leaves the cuts to the planner"
+            f"{op}: split_tokens {split_tokens}, 0 or a multiple of {BLOCK} up to {MAX_SPLIT_TOKENS}; "
+            f"0 leaves the cuts to the planner"
         )
 
 
@@ -228,25 +228,19 @@ def validate_values(
     cache_seqlens: Tensor,
     tile_scheduler_metadata: Tensor,
     num_splits: Tensor,
-    *,
+    softmax_scale: float,
+    causal: bool = False,
+    attn_sink: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int = 0,
     split_tokens: int = 0,
-    **options: Any,
+    empty_lse_neg_inf: bool = False,
 ) -> None:
     """Debug mode: check_decode, then the values that the kernels trust. Copies to the host, so it waits for the GPU."""
     check_decode(
-        q,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        tile_scheduler_metadata,
-        num_splits,
-        cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=max_seqlen_q,
-        split_tokens=split_tokens,
-        **options,
-    )
+        q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, softmax_scale, causal, attn_sink,
+        cu_seqlens_q, max_seqlen_q, split_tokens, empty_lse_neg_inf,
+    )  # fmt: skip
     num_pages, page, h_kv, _ = k_cache.shape
     capacity = block_table.shape[1] * page
     table = block_table.cpu()

@@ -1,4 +1,4 @@
-"""CUDA bodies of the MLA ops: check, choose the variant, find the workspace, launch.
+"""CUDA bodies of the MLA ops: check, choose the variant, find the scratch memory, launch.
 
 Host time is part of the product (a decode step calls this once per layer), so whatever depends only on shapes, strides,
 dtypes and the addresses of q and the cache is worked out once and remembered as a `_Call`: checks, tensor maps, grids.
@@ -16,12 +16,11 @@ from torch import Tensor
 from cutehop.cute_kernels import mla
 from cutehop.cute_kernels.jit import Kernel, TensorMap, tensor_map
 from cutehop.cute_kernels.mla import config as cfg
-from cutehop.ops._mla_checks import check_address, check_decode, check_outputs
+from cutehop.ops._mla_checks import check_address, check_decode, check_outputs, sms_of
+from cutehop.ops._mla_scratch import Need, prepare_captures, scratch_of
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _LOG2E = math.log2(math.e)
-_COMBINE_CTAS = 1056  # more would only take turns: a CTA goes on to the next sequence
-_CAPTURE_TICKETS = 4 << 20  # int32 per device, for captured calls
 _MAX_CALLS = 4096  # remembered at a time
 
 
@@ -29,23 +28,22 @@ class _Call(NamedTuple):
     """All of a decode call that its key determines. Arguments are in the order of DecodeArgs and CombineArgs."""
 
     decode: Kernel
-    combine: Kernel | None  # None: no plan of this many partitions leaves anything to combine
+    combine: Kernel | None  # None: no plan of these shapes leaves anything to combine
     grid: tuple[int, int, int]
     combine_grid: tuple[int, int, int]
     q_map: TensorMap | None  # None: no map describes q, every call makes a copy
-    q_group: int
-    q_kv_step: int
+    q_step: tuple[int, int]  # q_group, q_kv_step
     k_map: TensorMap
-    workspace_tiles: int
+    scratch: Need
     table_stride: int
+    sizes: tuple[int, int]  # batch, slots
     shapes: tuple[int, int, int, int, int]  # s_q, heads_per_kv, h_q, total_q, ragged
-    batch: int
-    combines: int
+    split_blocks: int
+    to_combine: tuple[int, int, int]  # partitions, sequences, row groups
+    scale_log2: float
 
 
 _calls: dict[tuple[Any, ...], _Call] = {}
-_workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-_capture_tickets: dict[int, tuple[Tensor, int]] = {}  # per device: zeros, and how many are taken
 
 
 def plan(
@@ -93,7 +91,6 @@ def decode(
     cache_seqlens: Tensor,
     tile_scheduler_metadata: Tensor,
     num_splits: Tensor,
-    *,
     softmax_scale: float,
     causal: bool = False,
     attn_sink: Tensor | None = None,
@@ -101,55 +98,69 @@ def decode(
     max_seqlen_q: int = 0,
     split_tokens: int = 0,
     empty_lse_neg_inf: bool = False,
+    *,
     out: Tensor,
     lse: Tensor,
 ) -> None:
     """Body of cutehop::mla_decode: fills out and lse. A q that no tensor map describes is copied first, see _q_map."""
     device = q.get_device()
-    tensors = (q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
-    options: dict[str, Any] = {
-        "softmax_scale": softmax_scale, "causal": causal, "attn_sink": attn_sink, "cu_seqlens_q": cu_seqlens_q,
-        "max_seqlen_q": max_seqlen_q, "split_tokens": split_tokens, "empty_lse_neg_inf": empty_lse_neg_inf,
-    }  # fmt: skip
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
-            return decode(*tensors, **options, out=out, lse=lse)
+            return decode(
+                q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, softmax_scale, causal,
+                attn_sink, cu_seqlens_q, max_seqlen_q, split_tokens, empty_lse_neg_inf, out=out, lse=lse,
+            )  # fmt: skip
     stream = torch._C._cuda_getCurrentRawStream(device)
+    q_ptr, out_ptr = q.data_ptr(), out.data_ptr()
     key = (
-        *(_signature(t) for t in tensors), _signature(out), _signature(lse),
+        # What the checks read; where they ask for a contiguous tensor, its strides do not matter further.
+        q_ptr, q.shape, q.stride(), q.dtype, device,
+        k_cache.data_ptr(), k_cache.shape, k_cache.stride(), k_cache.dtype, k_cache.get_device(),
+        block_table.shape, block_table.stride(), block_table.dtype, block_table.get_device(),
+        cache_seqlens.shape, cache_seqlens.is_contiguous(), cache_seqlens.dtype, cache_seqlens.get_device(),
+        tile_scheduler_metadata.shape, tile_scheduler_metadata.is_contiguous(), tile_scheduler_metadata.dtype,
+        tile_scheduler_metadata.get_device(),
+        num_splits.shape, num_splits.is_contiguous(), num_splits.dtype, num_splits.get_device(),
+        out.shape, out.is_contiguous(), out.dtype, out.get_device(), out_ptr % 16,
+        lse.shape, lse.is_contiguous(), lse.dtype, lse.get_device(),
         attn_sink is not None and _signature(attn_sink), cu_seqlens_q is not None and _signature(cu_seqlens_q),
-        q.data_ptr(), k_cache.data_ptr(), softmax_scale, max_seqlen_q, split_tokens,
+        softmax_scale, max_seqlen_q, split_tokens,
     )  # fmt: skip
     call = _calls.get(key)
     if call is None:
-        check_decode(*tensors, **options)
+        check_decode(
+            q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, softmax_scale, causal,
+            attn_sink, cu_seqlens_q, max_seqlen_q, split_tokens, empty_lse_neg_inf,
+        )  # fmt: skip
         check_outputs(q, out, lse, ragged=cu_seqlens_q is not None)
         check_address("k_cache", k_cache)
+        check_address("out", out)
         if out.numel() == 0:
             return
-        call = _remember(key, _prepare(*tensors, cu_seqlens_q is not None, max_seqlen_q, split_tokens, stream))
-    check_address("out", out)
-
+        call = _prepare(
+            q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, cu_seqlens_q is not None, max_seqlen_q,
+            split_tokens, softmax_scale, stream,
+        )  # fmt: skip
+        _remember(key, call)
     q_map = call.q_map
-    if q_map is None:  # the copy has to live until the launch, or the workspace might get its memory
-        q_map, _, _, q = _q_map(q, k_cache.shape[2], *call.shapes[:2], cu_seqlens_q is not None)
-    scratch = _workspace(device, stream, call.workspace_tiles) if call.workspace_tiles else (0, 0, 0)
-    splits_ptr, plan_ptr, out_ptr, lse_ptr = (
-        num_splits.data_ptr(), tile_scheduler_metadata.data_ptr(), out.data_ptr(), lse.data_ptr(),
-    )  # fmt: skip
+    if q_map is None:  # the copy has to live until the launch, or the scratch memory might get its memory
+        q_map, _, q = _q_map(q, k_cache.shape[2], *call.shapes[:2], cu_seqlens_q is not None)
+    partial_out, partial_lse, tickets, arrivals, report = scratch_of(device, stream, call.scratch)
+    plan_ptr, splits_ptr, lse_ptr = tile_scheduler_metadata.data_ptr(), num_splits.data_ptr(), lse.data_ptr()
     cu_ptr = cu_seqlens_q.data_ptr() if cu_seqlens_q is not None else 0
     sink_ptr = attn_sink.data_ptr() if attn_sink is not None else 0
     empty_lse = -math.inf if empty_lse_neg_inf else math.inf
     call.decode.launch(
         call.grid, stream, q_map, call.k_map, block_table.data_ptr(), call.table_stride,
-        cache_seqlens.data_ptr(), cu_ptr, plan_ptr, splits_ptr, sink_ptr, out_ptr, lse_ptr, *scratch,
-        call.q_group, call.q_kv_step, *call.shapes, causal, sink_ptr != 0, split_tokens // cfg.BLOCK,
-        softmax_scale * _LOG2E, empty_lse,
+        cache_seqlens.data_ptr(), cu_ptr, plan_ptr, splits_ptr, sink_ptr, out_ptr, lse_ptr, partial_out, partial_lse,
+        tickets, arrivals, report, *call.sizes, *call.q_step, *call.shapes, causal, sink_ptr != 0, call.split_blocks,
+        call.scale_log2, empty_lse,
     )  # fmt: skip
     if call.combine is not None:
         call.combine.launch(
-            call.combine_grid, stream, plan_ptr, splits_ptr, cu_ptr, sink_ptr, out_ptr, lse_ptr, scratch[0], scratch[1],
-            call.batch, *call.shapes, sink_ptr != 0, split_tokens == 0, call.combines, empty_lse,
+            call.combine_grid, stream, plan_ptr, splits_ptr, cu_ptr, sink_ptr, out_ptr, lse_ptr, partial_out,
+            partial_lse, arrivals, report, *call.sizes, *call.shapes, sink_ptr != 0, call.split_blocks,
+            *call.to_combine, empty_lse,
         )  # fmt: skip
 
 
@@ -158,11 +169,10 @@ def _signature(t: Tensor) -> tuple[Any, ...]:
     return t.shape, t.stride(), t.dtype, t.get_device()
 
 
-def _remember(key: tuple[Any, ...], call: _Call) -> _Call:
+def _remember(key: tuple[Any, ...], call: _Call) -> None:
     if len(_calls) >= _MAX_CALLS:
         _calls.clear()
     _calls[key] = call
-    return call
 
 
 def _prepare(
@@ -171,10 +181,10 @@ def _prepare(
     block_table: Tensor,
     cache_seqlens: Tensor,
     tile_scheduler_metadata: Tensor,
-    num_splits: Tensor,
     ragged: bool,
     max_seqlen_q: int,
     split_tokens: int,
+    softmax_scale: float,
     stream: int,
 ) -> _Call:
     batch, partitions = cache_seqlens.shape[0], tile_scheduler_metadata.shape[0]
@@ -182,36 +192,42 @@ def _prepare(
     h_q = q.shape[-2]
     s_q = max_seqlen_q if ragged else q.shape[1]
     heads_per_kv = h_q // h_kv
+    rows = s_q * heads_per_kv
     row_tiles = cfg.row_tiles(s_q, heads_per_kv)
     tiles = row_tiles * h_kv
-    combines = batch if split_tokens else cfg.max_combines(batch, partitions)
+    split_blocks = split_tokens // cfg.BLOCK
+    max_blocks = -(-block_table.shape[1] * page // cfg.BLOCK)
+    combines = cfg.max_combines(batch, partitions, rows, max_blocks, split_blocks)
+    slots = cfg.max_slots(batch, partitions, max_blocks, split_blocks)
     name = _DTYPE_NAMES[q.dtype]
-    combine = None
+    combine, combine_grid = None, (0, 0, 0)
     if combines:
-        chunk = cfg.combine_chunk(batch, partitions, split_tokens)
-        combine = mla.combine_kernel(cfg.CombineConfig(name, chunk), stream)
-    decode_kernel = mla.decode_kernel(cfg.DecodeConfig(name, page), stream)
-    if q.get_device() not in _capture_tickets:
-        _capture_tickets[q.get_device()] = torch.zeros(_CAPTURE_TICKETS, dtype=torch.int32, device=q.device), 0
-    q_map, q_group, q_kv_step, described = _q_map(q, h_kv, s_q, heads_per_kv, ragged)
+        config = cfg.CombineConfig(name, *cfg.combine_shape(batch, partitions, split_blocks))
+        combine = mla.combine_kernel(config, stream)
+        combine_grid = cfg.combine_grid(config, combines, tiles, rows, sms_of(q.device))
+    prepare_captures(q.get_device())
+    q_map, q_step, described = _q_map(q, h_kv, s_q, heads_per_kv, ragged)
     return _Call(
-        decode=decode_kernel,
+        decode=mla.decode_kernel(cfg.DecodeConfig(name, page), stream),
         combine=combine,
         grid=(row_tiles, h_kv, partitions),
-        combine_grid=(tiles * 32, min(combines, max(_COMBINE_CTAS // (tiles * 32), 1)), 1),
+        combine_grid=combine_grid,
         q_map=q_map if described is q else None,
-        q_group=q_group,
-        q_kv_step=q_kv_step,
+        q_step=q_step,
         k_map=_k_map(k_cache),
-        workspace_tiles=_max_slots(batch, partitions, block_table.shape[1] * page, split_tokens) * tiles,
+        scratch=(slots * tiles, partitions * tiles, cfg.arrivals(slots) * tiles),
         table_stride=block_table.stride(0),
+        sizes=(batch, slots),
         shapes=(s_q, heads_per_kv, h_q, q.shape[0] if ragged else batch * s_q, int(ragged)),
-        batch=batch,
-        combines=combines,
+        split_blocks=split_blocks,
+        to_combine=(partitions, combines, cfg.row_groups(rows)),
+        scale_log2=softmax_scale * _LOG2E,
     )
 
 
-def _q_map(q: Tensor, h_kv: int, s_q: int, heads_per_kv: int, ragged: bool) -> tuple[TensorMap, int, int, Tensor]:
+def _q_map(
+    q: Tensor, h_kv: int, s_q: int, heads_per_kv: int, ragged: bool
+) -> tuple[TensorMap, tuple[int, int], Tensor]:
     """Tensor map that gives a tile of 64 packed rows as one box; q_group and q_kv_step of DecodeArgs; the q it is of.
 
     Packed rows (token, head) are one dimension if tokens follow each other like heads do, else a box spans heads and
@@ -243,7 +259,7 @@ def _q_map(q: Tensor, h_kv: int, s_q: int, heads_per_kv: int, ragged: bool) -> t
         (head, token, 128, sequence),
         (64, *box, cfg.NUM_SLABS, 1),
     )
-    return q_map, q_group, q_kv_step, q
+    return q_map, (q_group, q_kv_step), q
 
 
 def _k_map(k_cache: Tensor) -> TensorMap:
@@ -258,50 +274,3 @@ def _k_map(k_cache: Tensor) -> TensorMap:
         (stride_row * 2, stride_head * 2, stride_page * 2),
         (64, min(page, cfg.BLOCK), 1, 1),
     )
-
-
-def _max_slots(batch: int, partitions: int, max_tokens: int, split_tokens: int) -> int:
-    """Most partial results a plan can ask for: a cut between partitions adds a piece to a sequence that is split."""
-    if split_tokens:
-        return batch * -(-max_tokens // split_tokens)
-    cuts = partitions - 1
-    return cuts + min(cuts, batch)
-
-
-def _workspace(device: int, stream: int, tiles: int) -> tuple[int, int, int]:
-    """Addresses of the partial outputs, the partial lse and the tickets of so many row tiles.
-
-    Calls on one stream run one after the other and share a workspace that only grows; a capture gets one of its own,
-    because its replays may run on any stream. Tickets must be zero before the first launch; launches leave them so.
-    """
-    if torch._C._cuda_isCurrentStreamCapturing():
-        buffer = torch.empty(_floats(tiles), dtype=torch.float32, device=torch.device("cuda", device))
-        tickets = _take_capture_tickets(device, tiles)
-    else:
-        cached = _workspaces.get((device, stream))
-        if cached is None or cached[1].numel() < tiles:
-            cuda = torch.device("cuda", device)
-            cached = (
-                torch.empty(_floats(tiles), dtype=torch.float32, device=cuda),
-                torch.zeros(tiles, dtype=torch.int32, device=cuda),
-            )
-            _workspaces[device, stream] = cached
-        buffer, tickets = cached
-    address = buffer.data_ptr()
-    return address, address + tiles * cfg.TILE_M * cfg.HEAD_DIM_V * 4, tickets.data_ptr()
-
-
-def _floats(tiles: int) -> int:
-    return tiles * cfg.TILE_M * (cfg.HEAD_DIM_V + 1)
-
-
-def _take_capture_tickets(device: int, count: int) -> Tensor:
-    """Zeros that no other call uses, taken for good: nobody says when a graph is gone.
-
-    They come from a stock that was zeroed before any capture; when it is used up, zeroing becomes part of the graph.
-    """
-    stock, taken = _capture_tickets[device]
-    if taken + count > stock.numel():
-        return torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", device))
-    _capture_tickets[device] = stock, taken + count
-    return stock[taken : taken + count]

@@ -20,10 +20,13 @@ from torch import Tensor
 BLOCK = 64  # tokens
 VISIT_COST = 4  # blocks; mirrored in cute_kernels/mla/config.py, which imports no torch
 ROW_TILE = 64  # rows (query token, query head) of one CTA
-METADATA_COLUMNS = 8  # a Record, then the two columns below and 0
+METADATA_COLUMNS = 8  # a Record, then the three columns below
 COMBINE_REQ = 5  # row i: the i-th request in more than MERGE_MAX pieces (as many as there are rows), b behind the last
 MERGE_MAX = 2  # pieces that the decode kernel merges itself
 SEQLEN = 6  # length of the record's first request
+CUT = 7  # split_blocks << CUT_SHIFT, plus the pieces of the request in whose middle the record begins, 0 if in none
+CUT_SHIFT = 12
+CUT_PIECES = (1 << CUT_SHIFT) - 1  # more pieces are written as so many
 
 Record = tuple[int, int, int, int, int]  # begin_req, begin_block, end_req, end_block, begin_split
 
@@ -108,7 +111,10 @@ def plan_tensors(lengths: list[int], partitions: int, rows: int, split_tokens: i
     metadata = torch.zeros((partitions, METADATA_COLUMNS), dtype=torch.int32)
     metadata[:, 0] = metadata[:, 2] = len(lengths)
     metadata[:, COMBINE_REQ] = len(lengths)
-    if records:
+    if lengths:
+        cuts = [min(pieces[request], CUT_PIECES) if split else 0 for request, _, _, _, split in records]
+        metadata[:, CUT] = split_tokens // BLOCK << CUT_SHIFT
+        metadata[: len(records), CUT] += torch.tensor(cuts, dtype=torch.int32)
         metadata[: len(records), :5] = torch.tensor(records, dtype=torch.int32)
         metadata[: len(records), SEQLEN] = torch.tensor([lengths[record[0]] for record in records], dtype=torch.int32)
     combines = [request for request, n in enumerate(pieces) if n > MERGE_MAX][:partitions]
@@ -128,7 +134,7 @@ def mla_plan(
 
     Returns tile_scheduler_metadata int32 (P, 8): a record per partition, of which unused ones begin and end at (b, 0),
     then the requests that are cut (column 5, independent of the record beside it), the length of the record's first
-    request, and 0; num_splits int32 (b + 1,): exclusive prefix sum of partial-result slots, where a request in one
+    request, and what a decode call must match (column CUT); num_splits int32 (b + 1,): exclusive prefix sum of partial-result slots, where a request in one
     piece needs none and one in n >= 2 pieces needs n.
     """
     partitions = num_partitions(s_q, h_q, h_kv, num_sms)

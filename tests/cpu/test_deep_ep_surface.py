@@ -65,8 +65,7 @@ SIGNATURES = {
 STATIC = {"is_sm90_compiled", "set_num_sms", "capture", "get_low_latency_rdma_size_hint", "get_dispatch_config"} | {
     "get_combine_config"
 }
-REFUSED = [name for name in SIGNATURES if "low_latency" in name or "internode" in name]
-REFUSED.remove("get_low_latency_rdma_size_hint")
+REFUSED = [name for name in SIGNATURES if "internode" in name]
 
 
 class Group:

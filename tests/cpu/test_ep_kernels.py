@@ -24,7 +24,7 @@ PULLING = ("receive", "combine_receive")  # reads peers' memory
 
 
 def name_of(variant) -> str:
-    """"receive", or of a kernel in parts "ll_dispatch+send+receive"."""
+    """ "receive", or of a kernel in parts "ll_dispatch+send+receive"."""
     function, config = variant
     parts = [part for part in ("send", "receive") if getattr(config, f"{part}s", False)]
     return "+".join((function.name.rpartition(".")[2].removesuffix("_kernel"), *parts))

@@ -79,7 +79,7 @@ def check_tiles(q: Tensor, h_kv: int, starts: list[int], ragged: bool, s_q: int)
     """
     h_q = q.shape[-2]
     heads_per_kv = h_q // h_kv
-    q_map, q_group, q_kv_step, kept = _mla_cuda._q_map(q, h_kv, s_q, heads_per_kv, ragged)
+    q_map, (q_group, q_kv_step), kept = _mla_cuda._q_map(q, h_kv, s_q, heads_per_kv, ragged)
     assert torch.Size(q_map.box).numel() * 2 == cfg.NUM_SLABS * cfg.SLAB_BYTES  # what the kernel's barrier waits for
     tokens = q if ragged else q.flatten(0, 1)
     for req, (token0, end) in enumerate(pairwise(starts)):

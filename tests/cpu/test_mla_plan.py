@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cutehop.cute_kernels.mla import config as kernel_config
-from cutehop.ops import _mla_cuda
 from cutehop.ref import mla_plan as planner
 from tests.mla_cases import HEAD_PAIRS
 
@@ -110,10 +109,20 @@ def test_tensors_mirror_the_schedule():
     assert metadata[:, planner.COMBINE_REQ].tolist() == combined + [4] * (66 - len(combined))
     assert metadata[: len(records), planner.SEQLEN].tolist() == [lengths[r[0]] for r in records]
     assert not metadata[len(records) :, planner.SEQLEN].any()
-    assert not metadata[:, 7].any()
+    cuts = [counts[r[0]] if r[4] else 0 for r in records]
+    assert metadata[:, planner.CUT].tolist() == cuts + [0] * (66 - len(cuts))
     slots = [n if n > 1 else 0 for n in counts]
     assert num_splits.tolist() == [sum(slots[:i]) for i in range(5)]
     assert max(counts) > planner.MERGE_MAX, "the long request should be cut often"
+
+
+def test_tensors_say_how_they_were_cut():
+    lengths = torch.tensor([300, 0, 9000, 64], dtype=torch.int32)
+    cut = planner.mla_plan(lengths, 1, 128, split_tokens=320)[0][:, planner.CUT]
+    assert set((cut >> planner.CUT_SHIFT).tolist()) == {5}
+    assert set((cut & planner.CUT_PIECES).tolist()) == {0, -(-9000 // 320)}
+    many = planner.plan_tensors([64 * 5000, 64 * 5000], 100, 16, 64)[0][:, planner.CUT]
+    assert int((many & planner.CUT_PIECES).max()) == planner.CUT_PIECES
 
 
 def test_fixed_cuts_depend_on_the_request_alone():
@@ -144,7 +153,7 @@ def test_one_sequence_is_cut_into_any_number_of_pieces():
 
 def test_kernels_use_the_same_constants():
     mirrored = {name for name in vars(planner) if name.isupper()} & set(vars(kernel_config))
-    assert mirrored >= {"BLOCK", "VISIT_COST", "MERGE_MAX", "COMBINE_REQ", "SEQLEN"}
+    assert mirrored >= {"BLOCK", "VISIT_COST", "MERGE_MAX", "COMBINE_REQ", "SEQLEN", "CUT", "CUT_SHIFT", "CUT_PIECES"}
     assert {n: getattr(kernel_config, n) for n in mirrored} == {n: getattr(planner, n) for n in mirrored}
     assert kernel_config.TILE_M == planner.ROW_TILE
 
@@ -163,18 +172,24 @@ def test_kernels_use_the_same_partitions(num_sms):
 def check_bounds(lengths: list[int], partitions: int, rows: int, split_tokens: int) -> None:
     """What the launcher provides from shapes alone, before any plan is known, is enough for this plan."""
     _, _, counts = planner.schedule(lengths, partitions, rows, split_tokens)
+    shape = max(-(-max(lengths) // 64), 1), split_tokens // 64
     slots = sum(n for n in counts if n > 1)
-    assert slots <= _mla_cuda._max_slots(len(lengths), partitions, max(lengths), split_tokens)
-    if not split_tokens:  # else every sequence is looked at
-        combines = sum(n > planner.MERGE_MAX for n in counts)
-        assert combines <= kernel_config.max_combines(len(lengths), partitions) <= partitions
+    assert slots <= kernel_config.max_slots(len(lengths), partitions, *shape)
+    combines = sum(n > planner.MERGE_MAX for n in counts)
+    most = kernel_config.max_combines(len(lengths), partitions, rows, *shape)
+    assert combines <= most
+    assert most in (0, len(lengths)) if split_tokens else most <= partitions
+    first_slots = [sum(n for n in counts[:i] if n > 1) for i, n in enumerate(counts) if n > planner.MERGE_MAX]
+    counters = {slot // (kernel_config.MERGE_MAX + 1) for slot in first_slots}
+    assert len(counters) == len(first_slots), "two sequences count their pieces in one place"
+    assert all((i + 1) * kernel_config.ARRIVALS <= kernel_config.arrivals(slots) for i in counters)
 
 
 @given(
     lengths=st.lists(st.integers(0, 70).map(lambda n: 64 * n) | st.integers(0, 40000), min_size=1, max_size=40),
     partitions=st.integers(1, 132),
     rows=st.sampled_from((1, 64, 65, 512)),
-    split_tokens=st.sampled_from((0, 0, 0, 64, 512, 4096)),
+    split_tokens=st.sampled_from((0, 0, 0, 64, 512, 4096, 20480)),
 )
 @settings(deadline=None, derandomize=True, max_examples=500)
 def test_bounds_of_any_batch(lengths, partitions, rows, split_tokens):
@@ -195,4 +210,4 @@ def test_bounds_can_be_reached():
         lengths = [64 * 40 * partitions] * batch
         _, _, counts = planner.schedule(lengths, partitions, 128)
         assert sum(n > planner.MERGE_MAX for n in counts) == (partitions - 1) // 2
-        assert sum(counts) == _mla_cuda._max_slots(batch, partitions, max(lengths), 0)
+        assert sum(counts) == kernel_config.max_slots(batch, partitions, max(lengths) // 64, 0)

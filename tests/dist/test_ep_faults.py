@@ -77,7 +77,7 @@ class Calls:
         error, waited_s = caught.value, time.monotonic() - begin
         assert (error.rank, error.peer, error.phase) == (self.rank, peer, phase), error
         assert error.got < error.expected, error
-        assert 0.95 * TIMEOUT_S <= error.waited_s, error
+        assert error.waited_s >= 0.95 * TIMEOUT_S, error
         assert waited_s < TIMEOUT_S + LATE_S, waited_s
         for later in ("dispatch", "cached_dispatch", "combine", "dispatch_input", "combine_input"):
             with pytest.raises(EpTimeoutError):
@@ -200,6 +200,9 @@ def one_never_comes(group, rank):
     """To make a buffer. The others are told, and make one without it."""
     everybody = dist.new_group(list(range(group.size())), backend="gloo")
     if rank == AWAY:
+        # As many rendezvous as the others make: torch numbers them per process (comm.heap.TorchMemory).
+        alone = dist.new_group([AWAY], backend="gloo", use_local_synchronization=True)
+        open_buffer(alone, EpCase(ranks=1).config(), "cuda").destroy()
         return
     with pytest.raises(EpTimeoutError) as caught:
         open_buffer(everybody, EpCase(ranks=group.size()).config(), "cuda", TIMEOUT_S)

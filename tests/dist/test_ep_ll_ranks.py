@@ -1,0 +1,354 @@
+"""Low-latency buffers among ranks against the reference: values, operations in flight, statistics, masks, deadlines.
+
+The same functions run over gloo on CPU ranks and, marked gpu, over ranks on GPUs.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from cutehop.comm.errors import EpTimeoutError
+from cutehop.comm.meeting import Meeting
+from tests import ep_cases
+from tests.ep_ll_cases import (
+    CASES,
+    FORMATS,
+    LlCase,
+    LlInputs,
+    check_case,
+    check_received,
+    make_buffer,
+    receive,
+    receive_home,
+    receive_options,
+    same_bits,
+    send,
+    send_home,
+)
+from tests.ranks import RankPool
+
+pytestmark = pytest.mark.dist
+LATE_S = 0.15
+TIMEOUT_S = 1.0
+
+
+class World(NamedTuple):
+    device: str
+    ranks: int
+    pool: RankPool
+
+
+GPU_WORLDS = [pytest.param(("cuda", ranks), marks=pytest.mark.gpu) for ranks in (2, 8)]
+
+
+@pytest.fixture(params=[("cpu", 2), ("cpu", 3), ("cpu", 4), *GPU_WORLDS], ids=str)
+def world(request: pytest.FixtureRequest) -> World:
+    device, ranks = request.param
+    pools = request.getfixturevalue("gpu_ranks" if device == "cuda" else "cpu_ranks")
+    return World(device, ranks, pools(ranks))
+
+
+def everyone(group) -> None:
+    """Returns when all ranks have called."""
+    Meeting(group, 60).meet("test")
+
+
+def run_cases(group, rank, device, cases):
+    for case in cases:
+        buffer = make_buffer(group, case.config(), device)
+        check_case(buffer, LlInputs(case))
+        assert buffer.outstanding == 0
+        buffer.destroy()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(world, case):
+    world.pool.run(run_cases, world.device, [replace(case, ranks=world.ranks)])
+
+
+def run_on_one_buffer(group, rank, device, cases):
+    buffer = make_buffer(group, cases[0].config(), device)
+    for number, case in enumerate(cases):
+        check_case(buffer, LlInputs(case), dispatches=1 + number % 2)
+    buffer.destroy()
+
+
+def test_one_buffer_for_all_calls(world):
+    """Formats, token counts, k and routings change from call to call, and nothing is cleaned; single and repeated
+    dispatches move the slots by any number."""
+    base = LlCase(ranks=world.ranks, hidden=512, k=8, local_experts=6, rows="bf16")
+    cases = [
+        replace(base, rows=rows, tokens=tokens, routing=routing, k=k, spare_topk=8 - k, seed=seed)
+        for seed, (rows, (tokens, routing, k)) in enumerate(
+            (rows, variant)
+            for variant in (((16, 0, 3), "random", 8), ((1,), "some", 5), ((0, 9), "one_rank", 3))
+            for rows in FORMATS
+        )
+    ]
+    world.pool.run(run_on_one_buffer, world.device, cases)
+
+
+def three_in_flight(group, rank, device, case):
+    """Three dispatches, received in another order on every rank; their combines likewise."""
+    buffer = make_buffer(group, case.config(), device)
+    inputs = [LlInputs(replace(case, seed=seed)) for seed in range(3)]
+    order = [(rank + i) % 3 for i in range(3)] if rank % 2 else [(rank - i) % 3 for i in range(3)]
+    for _ in range(3):
+        epochs = [send(buffer, each) for each in inputs]
+        assert buffer.outstanding == 3
+        with pytest.raises(RuntimeError, match=r"dispatch_send: operations sent 3, 2, 1 sends ago are outstanding"):
+            send(buffer, inputs[0])
+        got = {i: receive(buffer, inputs[i], epochs[i]) for i in order}
+        with pytest.raises(RuntimeError, match="the epoch is of no operation outstanding"):
+            receive(buffer, inputs[0], epochs[0])
+        epochs = [send_home(buffer, each, got[i].handle) for i, each in enumerate(inputs)]
+        with pytest.raises(RuntimeError, match="combine_send: operations sent 3, 2, 1 sends ago"):
+            send_home(buffer, inputs[0], got[0].handle)
+        for i in reversed(order):
+            receive_home(buffer, inputs[i], epochs[i])
+    buffer.destroy()
+
+
+def test_three_operations_in_flight(world):
+    world.pool.run(three_in_flight, world.device, LlCase(ranks=world.ranks))
+
+
+def two_batches(group, rank, device, case):
+    """A dispatch in flight while another batch's combine runs, as a model with two microbatches has it."""
+    buffer = make_buffer(group, case.config(), device)
+    first, second = (LlInputs(replace(case, seed=seed)) for seed in (1, 2))
+    a = send(buffer, first)
+    for _ in range(3):
+        b = send(buffer, second)
+        a = send_home(buffer, first, receive(buffer, first, a).handle)
+        b = send_home(buffer, second, receive(buffer, second, b).handle)
+        receive_home(buffer, first, a)
+        a = send(buffer, first)
+        receive_home(buffer, second, b)
+    receive(buffer, first, a)
+    held = send(buffer, first)
+    receive(buffer, second, send(buffer, second))
+    x, topk_idx, weights, y = second.on(rank, buffer.device)
+    got = buffer.dispatch(x, topk_idx, **FORMATS[case.rows])
+    buffer.combine(y, got.handle, topk_idx, weights)
+    with pytest.raises(RuntimeError, match="operations sent 4 sends ago are outstanding"):
+        buffer.dispatch(x, topk_idx, **FORMATS[case.rows])
+    receive(buffer, first, held)
+    check_case(buffer, second)
+    buffer.destroy()
+
+
+def test_two_batches_in_turns(world):
+    world.pool.run(two_batches, world.device, LlCase(ranks=world.ranks, rows="ue8m0", hidden=512))
+
+
+def use_given_outputs(group, rank, device, case):
+    inputs, buffer = LlInputs(case), make_buffer(group, case.config(), device)
+    options = receive_options(case)
+    out = buffer.empty_outputs(use_fp8=True, use_ue8m0=False)
+    epoch = send(buffer, inputs)
+    with pytest.raises(TypeError, match=r"out is torch\.float8_e4m3fn with scales torch\.float32, needs"):
+        buffer.dispatch_receive(epoch, num_topk=case.k, use_fp8=False, out=out)
+    got = buffer.dispatch_receive(epoch, **options, out=out)
+    assert got is out
+    check_received(inputs, rank, out)
+    _, topk_idx, weights, _ = inputs.on(rank, buffer.device)
+    mine = torch.full((len(topk_idx), case.hidden), 7.0, dtype=torch.bfloat16, device=buffer.device)
+    epoch = send_home(buffer, inputs, out.handle)
+    with pytest.raises(ValueError, match="out has shape"):
+        buffer.combine_receive(epoch, topk_idx, weights, out=mine[:, :128])
+    assert buffer.combine_receive(epoch, topk_idx, weights, out=mine) is mine
+    assert same_bits(mine, inputs.combined()[rank])
+    buffer.destroy()
+
+
+def test_outputs_of_the_caller(world):
+    world.pool.run(use_given_outputs, world.device, LlCase(ranks=world.ranks))
+
+
+def count_and_wait(group, rank, device, case):
+    inputs, buffer = LlInputs(case), make_buffer(group, case.config(), device)
+    local = case.local_experts
+    received = torch.ones(local, dtype=torch.int32, device=buffer.device)
+    waits = [torch.zeros(case.ranks, dtype=torch.int64, device=buffer.device) for _ in range(2)]
+    check_case(buffer, inputs)  # whatever the first call takes longer
+    _, topk_idx, weights, _ = inputs.on(rank, buffer.device)
+    for _ in range(2):
+        everyone(group)
+        if rank == 1:
+            time.sleep(LATE_S)
+        got = buffer.dispatch_receive(
+            send(buffer, inputs), **receive_options(case), recv_stats=received, wait_stats=waits[0]
+        )
+        everyone(group)
+        if rank == 1:
+            time.sleep(LATE_S)
+        epoch = send_home(buffer, inputs, got.handle)
+        buffer.combine_receive(epoch, topk_idx, weights, wait_stats=waits[1])
+    want = 1 + 2 * inputs.received[rank].recv_count
+    assert same_bits(received, want)
+    buffer.destroy()
+    return [wait.tolist() for wait in waits]
+
+
+def test_statistics(world):
+    for rank, waits in enumerate(world.pool.run(count_and_wait, world.device, LlCase(ranks=world.ranks))):
+        for wait in waits:
+            assert min(wait) >= 0
+            if rank != 1:
+                assert max(wait) == wait[1] >= LATE_S * 1e9
+
+
+def in_turns_with_the_normal_mode(group, rank, device, case):
+    normal = ep_cases.EpInputs(ep_cases.EpCase(ranks=case.ranks))
+    inputs, buffer = LlInputs(case), make_buffer(group, case.config(), device)
+    other = ep_cases.make_buffer(group, normal.case.config(), device)
+    for _ in range(3):
+        epoch = send(buffer, inputs)
+        ep_cases.check_case(other, normal)
+        epoch = send_home(buffer, inputs, receive(buffer, inputs, epoch).handle)
+        ep_cases.check_case(other, normal)
+        receive_home(buffer, inputs, epoch)
+    buffer.destroy()
+    other.destroy()
+
+
+def test_in_turns_with_calls_of_the_normal_mode(world):
+    world.pool.run(in_turns_with_the_normal_mode, world.device, LlCase(ranks=world.ranks))
+
+
+def mask_of(buffer):
+    status = torch.full((buffer.ranks,), 5, dtype=torch.int32, device=buffer.device)
+    buffer.query_mask(status)
+    return status.tolist()
+
+
+def mask_and_come_back(group, rank, device, case):
+    """Ranks 0 and 1 mask each other, the rest go on with both; then all are back."""
+    buffer = make_buffer(group, case.config(elastic=True), device)
+    whole, apart = LlInputs(case), LlInputs(replace(case, masked=((0, 1), (1, 0)), seed=4))
+    for _ in range(2):
+        check_case(buffer, whole)
+        assert mask_of(buffer) == [0] * case.ranks
+        if rank < 2:
+            buffer.update_mask(1 - rank, True)
+            assert mask_of(buffer) == [int(peer == 1 - rank) for peer in range(case.ranks)]
+        check_case(buffer, apart, dispatches=3)
+        buffer.clean_mask()
+        check_case(buffer, whole)
+        if rank < 2:
+            buffer.update_mask(1 - rank, True)
+            buffer.update_mask(1 - rank, False)
+    for wrong in (rank, -1, case.ranks):
+        with pytest.raises(ValueError, match=f"update_mask: rank {wrong} on rank {rank}"):
+            buffer.update_mask(wrong, True)
+    with pytest.raises(TypeError, match=r"out is torch\.int64"):
+        buffer.query_mask(torch.zeros(case.ranks, dtype=torch.int64, device=device))
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_masks(cpu_ranks, ranks):
+    cpu_ranks(ranks).run(mask_and_come_back, "cpu", LlCase(ranks=ranks))
+
+
+def refuse_masks(group, rank):
+    with pytest.raises(NotImplementedError, match="elastic is not supported on CUDA"):
+        make_buffer(group, LlCase().config(elastic=True), "cuda")
+
+
+@pytest.mark.gpu
+def test_a_gpu_buffer_refuses_masks(gpu_ranks):
+    gpu_ranks(2).run(refuse_masks)
+
+
+def no_masks(group, rank, device, case):
+    buffer = make_buffer(group, case.config(), device)
+    status = torch.zeros(case.ranks, dtype=torch.int32, device=device)
+    for call in (lambda: buffer.update_mask(1 - rank, True), lambda: buffer.query_mask(status), buffer.clean_mask):
+        with pytest.raises(RuntimeError, match="is not elastic"):
+            call()
+    buffer.destroy()
+    buffer.destroy()
+    inputs = LlInputs(case)
+    for call in (lambda: send(buffer, inputs), buffer.clean_mask):
+        with pytest.raises(RuntimeError, match=f"buffer '{buffer.name}' is destroyed"):
+            call()
+
+
+def test_a_buffer_without_masks_and_after_its_end(cpu_ranks):
+    cpu_ranks(2).run(no_masks, "cpu", LlCase())
+
+
+@pytest.mark.gpu
+def test_a_gpu_buffer_without_masks_and_after_its_end(gpu_ranks):
+    gpu_ranks(2).run(no_masks, "cuda", LlCase())
+
+
+def late_rank_is_masked(group, rank, device, case):
+    """Rank 1 misses the deadline of a dispatch, but makes its calls; later it is taken back."""
+    inputs, buffer = LlInputs(case), make_buffer(group, case.config(elastic=True), device, timeout_s=TIMEOUT_S)
+    check_case(buffer, inputs)
+    everyone(group)
+    others = [peer for peer in range(case.ranks) if peer != 1]
+    alone = tuple((a, b) for peer in others for a, b in ((peer, 1), (1, peer)))
+    split = LlInputs(replace(case, masked=alone, seed=1))
+    if rank == 1:
+        time.sleep(1.5 * TIMEOUT_S)
+        receive(buffer, inputs, send(buffer, inputs))  # the others had sent before they gave up
+        for peer in others:
+            buffer.update_mask(peer, True)
+    else:
+        got = buffer.dispatch_receive(send(buffer, inputs), **receive_options(case))
+        check_received(LlInputs(replace(case, masked=alone)), rank, got)
+        assert mask_of(buffer) == [int(peer == 1) for peer in range(case.ranks)]
+    check_case(buffer, split)
+    everyone(group)
+    buffer.clean_mask()
+    everyone(group)
+    check_case(buffer, inputs)
+    buffer.destroy()
+
+
+def test_a_late_rank_is_masked_and_comes_back(cpu_ranks):
+    cpu_ranks(3).run(late_rank_is_masked, "cpu", LlCase(ranks=3))
+
+
+def one_never_sends(group, rank, device, case):
+    inputs, buffer = LlInputs(case), make_buffer(group, case.config(), device, timeout_s=TIMEOUT_S)
+    got = receive(buffer, inputs, send(buffer, inputs))
+    everyone(group)
+    if rank != 1:
+        epoch = send_home(buffer, inputs, got.handle)
+        _, topk_idx, weights, _ = inputs.on(rank, buffer.device)
+
+        def receive_or_look() -> None:
+            buffer.combine_receive(epoch, topk_idx, weights)
+            time.sleep(2 * TIMEOUT_S)  # on a GPU the next look at the buffer raises
+            buffer.check()
+
+        with pytest.raises(EpTimeoutError) as caught:
+            receive_or_look()
+        assert (caught.value.rank, caught.value.peer) == (rank, 1)
+        assert caught.value.waited_s >= 0.9 * TIMEOUT_S
+        with pytest.raises(EpTimeoutError):
+            send(buffer, inputs)
+    everyone(group)
+    buffer.destroy()
+    new = make_buffer(group, case.config(), device)
+    check_case(new, inputs)
+    new.destroy()
+
+
+def test_a_rank_that_never_sends(cpu_ranks):
+    cpu_ranks(3).run(one_never_sends, "cpu", LlCase(ranks=3))
+
+
+@pytest.mark.gpu
+def test_a_rank_that_never_sends_on_gpus(gpu_ranks):
+    gpu_ranks(8).run(one_never_sends, "cuda", LlCase(ranks=8))
