@@ -221,8 +221,8 @@ class TorchMemory:
     the block, and with it and the handle go the mappings of the peers' blocks.
 
     torch numbers the rendezvous of a process, whatever their groups, and ranks meet under that number: a rank that has
-    taken part in fewer of them than its peers would wait for ever. So where groups overlap, all their ranks have to take
-    part in equally many.
+    taken part in fewer of them than its peers would wait for ever. So where groups overlap, all their ranks have to
+    take part in equally many.
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:

@@ -46,7 +46,8 @@ class Kernel:
         grid: CTAs (x, y, z). stream: CUstream handle as int (torch: `stream.cuda_stream`), of this kernel's device.
         values: one per bundle.params: ints (a pointer is its address), floats, TensorMap objects. Memory they point to
         must live until the kernel has run. smem_bytes: dynamic shared memory where a call needs less than the kernel's
-        most (bundle.smem_bytes, the default). Raises ValueError for values that do not fit, RuntimeError for CUDA errors.
+        most (bundle.smem_bytes, the default). Raises ValueError for values that don't fit, RuntimeError for CUDA's
+        errors.
         """
         config = self._config
         with self._lock:  # cuda-python lets go of the GIL in the call, and config and parameter block are shared

@@ -134,8 +134,9 @@ def mla_plan(
 
     Returns tile_scheduler_metadata int32 (P, 8): a record per partition, of which unused ones begin and end at (b, 0),
     then the requests that are cut (column 5, independent of the record beside it), the length of the record's first
-    request, and what a decode call must match (column CUT); num_splits int32 (b + 1,): exclusive prefix sum of partial-result slots, where a request in one
-    piece needs none and one in n >= 2 pieces needs n.
+    request, and what a decode call must match (column CUT).
+    num_splits int32 (b + 1,): exclusive prefix sum of partial-result slots, where a request in one piece needs none and
+    one in n >= 2 pieces needs n.
     """
     partitions = num_partitions(s_q, h_q, h_kv, num_sms)
     metadata, num_splits = plan_tensors(cache_seqlens.tolist(), partitions, s_q * (h_q // h_kv), split_tokens)
