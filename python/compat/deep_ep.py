@@ -386,9 +386,7 @@ def _unpack(handle: tuple) -> EpHandle:
 
 
 def _rows(recv_x: Tensor, recv_scales: Tensor | None) -> Rows:
-    if recv_scales is None:
-        return recv_x
-    return recv_x, recv_scales
+    return recv_x if recv_scales is None else (recv_x, recv_scales)
 
 
 def _num_sms(config: Config | None, core: CommBuffer) -> int:
