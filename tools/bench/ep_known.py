@@ -16,9 +16,23 @@ DEEPEP: dict[tuple[int, int], dict[int, dict[str, float]]] = {
         16: {"layout": 62, "dispatch-bf16": 3301, "dispatch-fp8": 1797, "dispatch-fp8-full": 1859, "combine": 3071},
     },
     _TWO_GPUS: {
-        24: {"layout": 35, "dispatch-bf16": 362, "dispatch-fp8": 252, "dispatch-fp8-full": 286, "combine": 437},
+        24: {
+            "layout": 35,
+            "dispatch-bf16": 362,
+            "dispatch-fp8": 252,
+            "dispatch-fp8-full": 286,
+            "combine": 437,
+            "ll-pair-t1": 68,
+            "ll-pair-t8": 120,
+            "ll-pair-t32": 145,
+            "ll-pair-t128": 147,
+        },
         48: {"layout": 35, "dispatch-bf16": 250, "dispatch-fp8": 157, "dispatch-fp8-full": 185, "combine": 275},
     },
+}
+LL_LIMITS: dict[tuple[int, int], dict[str, float]] = {  # whatever the SMs
+    _ONE_GPU: {"ll-pair-t1": 30},
+    _TWO_GPUS: {"ll-pair-t1": 18, "ll-pair-t8": 22, "ll-pair-t32": 30, "ll-pair-t128": 50},
 }
 FOREIGN = "-foreign"  # rows with tensors from elsewhere, which DeepEP always takes
 
@@ -54,6 +68,8 @@ def limit_us(setting: Setting, name: str, sms: int | None, logical_bytes: float 
     where = (setting.ranks, setting.gpus)
     if name.startswith("host-"):
         return HOST_LIMIT_US
+    if name in LL_LIMITS.get(where, {}):
+        return LL_LIMITS[where][name]
     if name == "layout":
         return LAYOUT_LIMIT_US if where == _ONE_GPU else None
     if where == (8, 8) and name in ("dispatch-bf16", "combine") and sms and sms <= NVLINK_LIMIT_SMS and logical_bytes:

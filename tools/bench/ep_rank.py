@@ -15,11 +15,15 @@ import torch.distributed as dist
 
 from cutehop.comm.base import Buffer
 from cutehop.comm.layout import EpLayout
+from cutehop.comm.ll_base import LowLatencyBuffer
+from cutehop.comm.ll_config import GROUP
 from tools.bench import ep_ceilings
 from tools.bench import ep_report as reports
 from tools.bench import report as common
 from tools.bench.ep import parse
 from tools.bench.ep_jobs import Job, Work
+from tools.bench.ep_ll_jobs import TOKENS, LlWork
+from tools.bench.ep_ll_jobs import config as ll_config
 from tools.bench.ep_setting import Setting, expect, make_inputs
 from tools.bench.ep_timing import Team, make_lane, poison, samples
 
@@ -51,6 +55,10 @@ class Bench:
     def run(self) -> reports.Report:
         """All rows."""
         self._run(self.work.jobs())
+        if self.setting.hidden % GROUP == 0 and any(re.search(self._rows, f"ll-pair-t{tokens}") for tokens in TOKENS):
+            buffer = self._make_ll_buffer()
+            self._run(LlWork(self.setting, buffer).jobs())
+            buffer.destroy()
         if not self.setting.shared:  # last: NCCL's watchdog thread and graph captures do not go well together
             nccl = dist.new_group(backend="nccl")
             self._run(ep_ceilings.nccl_jobs(self.setting, self.work.inputs, self.team.rank, nccl))
@@ -100,6 +108,16 @@ class Bench:
             "heap_bytes": EpLayout(setting.config).heap_bytes,
             "device_bytes_per_rank": taken // (setting.ranks if setting.shared else 1) if setting.gpus else None,
         }
+
+    def _make_ll_buffer(self) -> LowLatencyBuffer:
+        config, group = ll_config(self.setting), self.team.group
+        if self.device.type == "cuda":
+            from cutehop.comm.ll_buffer import CudaLowLatencyBuffer
+
+            return CudaLowLatencyBuffer(group, config, num_sms=self.setting.sms[0], timeout_s=TIMEOUT_S)
+        from cutehop.comm.ll_gloo import GlooLowLatencyBuffer
+
+        return GlooLowLatencyBuffer(group, config, timeout_s=TIMEOUT_S)
 
     def _free_bytes(self) -> int:
         """Of the GPU, while no rank allocates; 0 without one."""
