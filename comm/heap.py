@@ -222,8 +222,10 @@ class TorchMemory:
 
     torch numbers the rendezvous of a process, whatever their groups, and ranks meet under that number: a rank that has
     taken part in fewer of them than its peers would wait for ever. So where groups overlap, all their ranks have to
-    take part in equally many.
+    take part in equally many; if not, RuntimeError says so.
     """
+
+    rendezvous = 0  # of this process, as far as this class made them
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
         self.group_name = group.group_name
@@ -232,9 +234,15 @@ class TorchMemory:
         self._handle: object | None = None
 
     def greeting(self) -> str:
-        return ""
+        return str(TorchMemory.rendezvous)
 
     def allocate(self, nbytes: int, greetings: Sequence[str]) -> torch.Tensor:
+        check(
+            len(set(greetings)) == 1,
+            f"heap: the ranks' processes have made {', '.join(greetings)} symmetric memories so far; torch joins only "
+            "processes that have made equally many. Make the missing ones, in groups of one rank",
+            RuntimeError,
+        )
         from torch._C._distributed_c10d import _SymmetricMemory
 
         self._tensor = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, self.device)
@@ -245,6 +253,7 @@ class TorchMemory:
 
         assert self._tensor is not None, "allocate comes first"
         with _set_environment(TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES="1", TORCH_SYMM_MEM_DISABLE_MULTICAST="1"):
+            TorchMemory.rendezvous += 1
             handle = symm_mem.rendezvous(self._tensor, self.group_name)
         self._handle = handle
         # The pointers are the blocks'; if a torch version puts something before the tensor, it does so on all ranks.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pickle
 import sys
 import types
+from unittest import mock
 
 import numpy
 import pytest
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from cutehop.comm import heap as heap_module
 from cutehop.comm import nvshmem
 from cutehop.comm.errors import EpTimeoutError
-from cutehop.comm.heap import SymmetricHeap, open_heap, tensor_at
+from cutehop.comm.heap import SymmetricHeap, TorchMemory, open_heap, tensor_at
 from cutehop.comm.layout import ROW_ALIGN
 from cutehop.comm.meeting import Meeting
 
@@ -182,6 +183,20 @@ def test_a_view_of_foreign_memory_is_that_memory():
     view.zero_()
     assert not owner[16:24].any()
     assert owner[24] == 24
+
+
+def test_processes_that_torch_cannot_join_are_told_so(cpu_ranks):
+    """Before the rendezvous, in which the one that is behind would wait for ever."""
+    assert cpu_ranks(2).run(join_unequal_processes) == [True, True]
+
+
+def join_unequal_processes(group, rank):
+    memory = TorchMemory(group, CPU)
+    with mock.patch.object(TorchMemory, "rendezvous", rank):
+        said = Meeting(group, 10).meet("greet", memory.greeting())
+        with pytest.raises(RuntimeError, match="have made 0, 1 symmetric memories so far"):
+            memory.allocate(1024, said)
+    return True
 
 
 def test_environment_is_set_for_the_mapping_only(monkeypatch):
