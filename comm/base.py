@@ -6,12 +6,9 @@ arguments, knows which calls are legal now and hands out the views that peers re
 
 from __future__ import annotations
 
-import itertools
-import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from operator import index
 from typing import TYPE_CHECKING, NamedTuple
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +17,7 @@ from cutehop.cute_kernels.errors import check
 
 from . import checks
 from .config import EpConfig
+from .living import Living, Registry
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -105,44 +103,33 @@ class InputRegion:
         self._lent = False
 
 
-class Buffer(ABC):
+class Buffer(Living[EpConfig]):
     """Expert-parallel dispatch and combine of one rank. Every method that moves rows is collective: all ranks of the
     group make the same calls in the same order, a rank without tokens too, with equal H, dtype, S and k.
 
-    name: unique in the process; ops name the buffer by it.
-    group, rank, ranks, config, device: as given; all ranks use equal configs.
-    num_sms: CTAs of a call that does not say otherwise; 0 where nothing runs on a GPU.
-    max_num_sms: the most that a call may use, the GPU's SMs shared among the ranks on it; 0 likewise.
+    max_num_sms: the most CTAs that a call may use, the GPU's SMs shared among the ranks on it; 0 without a GPU.
 
     Errors of every method: RuntimeError after destroy() or while the memory is released, EpTimeoutError (a
     RuntimeError) once a wait for a peer has expired, TypeError and ValueError for arguments.
     """
 
     max_num_sms = 0
-    _open = False  # a constructor that raised leaves nothing to warn about
+    _mode = "Buffer"
+    _registry: Registry[Buffer] = Registry("buffer", "ep")
 
     def __init__(
         self, group: ProcessGroup, config: EpConfig, device: torch.device, name: str | None = None, num_sms: int = 0
     ) -> None:
         """name: None for one that is free."""
-        check(
-            group.size() == config.ranks,
-            f"Buffer: config.ranks {config.ranks}, the group has {group.size()} ranks; make the config for the group",
-        )
-        check(name not in _BUFFERS, f"Buffer: name {name!r} is taken by a living buffer; destroy it or choose another")
-        self.name = _free_name() if name is None else name
-        self.group, self.rank, self.ranks = group, group.rank(), group.size()
-        self.config, self.device, self.num_sms = config, device, num_sms
+        super().__init__(group, config, device, name, num_sms)
         self._check_dispatch = checks.Once(checks.check_dispatch_fits, config, device)
         self._check_cached = checks.Once(checks.check_cached_fits, config, device)
         self._check_combine = checks.Once(checks.check_combine_fits, config, device)
         self._inputs: tuple[InputRegion, InputRegion] | None = None
 
     def _opened(self) -> None:
-        """The last statement of a subclass's constructor: from now on ops find the buffer and destroy() is due."""
         self._inputs = self._input_regions()
-        self._open = True
-        _BUFFERS[self.name] = self
+        super()._opened()
 
     def dispatch(
         self,
@@ -255,22 +242,10 @@ class Buffer(ABC):
         self._inputs = self._input_regions()
 
     def destroy(self) -> None:
-        """Free everything. Collective; a second call does nothing. Legal after an EpTimeoutError too."""
-        if not self._open:
-            return
-        self._open = False
         self._inputs = None
-        _BUFFERS.pop(self.name, None)
-        self._destroy()
+        super().destroy()
 
-    def __del__(self) -> None:
-        if self._open:  # destroying is collective, and nobody knows when peers collect theirs
-            message = f"buffer {self.name!r} was not destroyed; call destroy() on every rank"
-            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
-
-    def _require_open(self) -> None:
-        if not self._open:
-            raise RuntimeError(f"buffer {self.name!r} is destroyed; make another one")
+    destroy.__doc__ = Living.destroy.__doc__
 
     def _ready(self) -> tuple[InputRegion, InputRegion]:
         """Regions for x and for y, if the buffer can take a call."""
@@ -279,10 +254,6 @@ class Buffer(ABC):
         if self._inputs is None:
             raise RuntimeError(f"buffer {self.name!r} has released its memory; call acquire_memory() on every rank")
         return self._inputs
-
-    @abstractmethod
-    def check(self) -> None:
-        """Raise EpTimeoutError if one of the buffer's waits has expired, now or earlier."""
 
     @abstractmethod
     def _input_regions(self) -> tuple[InputRegion, InputRegion]:
@@ -332,25 +303,5 @@ class Buffer(ABC):
     @abstractmethod
     def _acquire_memory(self) -> None: ...
 
-    @abstractmethod
-    def _destroy(self) -> None:
-        """Called once. Must not hang if a wait has expired before."""
 
-
-_BUFFERS: WeakValueDictionary[str, Buffer] = WeakValueDictionary()
-_NUMBERS = itertools.count()
-
-
-def _free_name() -> str:
-    return next(name for name in (f"ep{i}" for i in _NUMBERS) if name not in _BUFFERS)
-
-
-def find(name: str) -> Buffer:
-    """The living buffer of that name. ValueError if there is none."""
-    buffer = _BUFFERS.get(name)
-    if buffer is None:
-        raise ValueError(
-            f"buffer {name!r} does not exist, living ones: {', '.join(sorted(_BUFFERS)) or 'none'}; make it before "
-            "the call and keep a reference to it"
-        )
-    return buffer
+find = Buffer._registry.find

@@ -18,7 +18,7 @@ from . import kernels, outputs
 from .base import DEFAULT_TIMEOUT_S, Buffer, Dispatched, EpHandle, InputRegion
 from .kernels import config as sizes
 from .layout import PHASES, EpLayout
-from .memory import DEFAULT_NUM_SMS, PeerMemory, address, aligned, words
+from .memory import DEFAULT_NUM_SMS, PeerMemory, address, aligned, cuda_device, words
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -53,16 +53,16 @@ class CudaBuffer(Buffer):
 
         ValueError for num_sms below 1 or above the GPU's, or a timeout that is not positive.
         """
-        device = torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device)
+        device = cuda_device(device)
         super().__init__(group, config, device, name, num_sms)
         self.layout = at = EpLayout(config)
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream().cuda_stream
-            self._send = kernels.send_kernel(sizes.SendConfig(), stream)
-            self._receive = kernels.receive_kernel(sizes.ReceiveConfig(), stream)
-            self._combine_send = kernels.combine_send_kernel(sizes.CombineSendConfig(), stream)
-            self._combine_receive = kernels.combine_receive_kernel(sizes.CombineReceiveConfig(), stream)
-            self._wait = kernels.wait_kernel(sizes.WaitConfig(), stream)
+            self._send = kernels.send_kernel(sizes.OneVariant(), stream)
+            self._receive = kernels.receive_kernel(sizes.OneVariant(), stream)
+            self._combine_send = kernels.combine_send_kernel(sizes.OneVariant(), stream)
+            self._combine_receive = kernels.combine_receive_kernel(sizes.OneVariant(), stream)
+            self._wait = kernels.wait_kernel(sizes.OneVariant(), stream)
         self._memory = PeerMemory(group, device, provider, at.heap_bytes, at.host_bytes, at.error.offset, timeout_s)
         self.max_num_sms = self._memory.max_sms
         self._memory.check_sms(num_sms)

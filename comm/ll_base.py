@@ -8,11 +8,8 @@ and counts operations.
 
 from __future__ import annotations
 
-import itertools
-import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import TYPE_CHECKING
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -21,6 +18,7 @@ from cutehop.cute_kernels.errors import check
 
 from . import ll_checks as checks
 from .checks import Once
+from .living import Living, Registry
 from .ll_config import MAX_OUTSTANDING, SLOTS, LlConfig
 from .ll_outputs import LlDispatched, LlHandle, empty_combined, empty_dispatched
 
@@ -28,17 +26,13 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class LowLatencyBuffer(ABC):
+class LowLatencyBuffer(Living[LlConfig]):
     """Dispatch and combine for few tokens per rank. All ranks of the group make the same sends in the same order and
     receive each, in any order, a rank without tokens too; k and the options of a call are equal on all of them.
 
     At most 3 operations may be sent and not yet received, and each is received before the fourth send after its own,
     which uses its memory. Nothing ever needs cleaning.
     T is config.max_tokens, H config.hidden, E config.num_experts, L = E / R.
-
-    name: unique in the process among these buffers; ops name the buffer by it.
-    group, rank, ranks, config, device: as given; all ranks use equal configs.
-    num_sms: CTAs of a call; 0 where nothing runs on a GPU.
 
     With config.elastic a wait for a peer that expires masks the peer: now and until it is unmasked it is sent nothing
     and what it sends is not awaited. Its tokens do not exist, the choices of its experts contribute nothing. Each rank
@@ -49,24 +43,14 @@ class LowLatencyBuffer(ABC):
     expired without config.elastic, TypeError and ValueError for arguments.
     """
 
-    _open = False  # a constructor that raised leaves nothing to warn about
+    _mode = "LowLatencyBuffer"
+    _registry: Registry[LowLatencyBuffer] = Registry("low-latency buffer", "ll")
 
     def __init__(
         self, group: ProcessGroup, config: LlConfig, device: torch.device, name: str | None = None, num_sms: int = 0
     ) -> None:
         """name: None for one that is free."""
-        check(
-            group.size() == config.ranks,
-            f"LowLatencyBuffer: config.ranks {config.ranks}, the group has {group.size()} ranks; make the config for "
-            "the group",
-        )
-        check(
-            name not in _BUFFERS,
-            f"LowLatencyBuffer: name {name!r} is taken by a living buffer; destroy it or choose another",
-        )
-        self.name = _free_name() if name is None else name
-        self.group, self.rank, self.ranks = group, group.rank(), group.size()
-        self.config, self.device, self.num_sms = config, device, num_sms
+        super().__init__(group, config, device, name, num_sms)
         self._like = torch.empty(0, device=device)  # outputs are allocated where it lies
         self._check_dispatch_send = Once(checks.check_dispatch_send, config, device)
         self._check_dispatch_receive = Once(checks.check_dispatch_receive, config, device)
@@ -77,11 +61,6 @@ class LowLatencyBuffer(ABC):
         self._check_combine_inputs = Once(checks.check_combine_inputs, config, device)
         self._sends = 0
         self._outstanding: dict[int, tuple[int, Tensor]] = {}  # by address of the epoch: number of the send, epoch
-
-    def _opened(self) -> None:
-        """The last statement of a subclass's constructor: from now on ops find the buffer and destroy() is due."""
-        self._open = True
-        _BUFFERS[self.name] = self
 
     @property
     def outstanding(self) -> int:
@@ -256,22 +235,8 @@ class LowLatencyBuffer(ABC):
         self._ready_elastic("clean_mask")
         self._clean_mask()
 
-    def destroy(self) -> None:
-        """Free everything. Collective; a second call does nothing. Legal after an EpTimeoutError too."""
-        if not self._open:
-            return
-        self._open = False
-        _BUFFERS.pop(self.name, None)
-        self._destroy()
-
-    def __del__(self) -> None:
-        if self._open:  # destroying is collective, and nobody knows when peers collect theirs
-            message = f"buffer {self.name!r} was not destroyed; call destroy() on every rank"
-            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
-
     def _ready(self) -> None:
-        if not self._open:
-            raise RuntimeError(f"buffer {self.name!r} is destroyed; make another one")
+        self._require_open()
         self.check()
 
     def _ready_elastic(self, what: str) -> None:
@@ -303,10 +268,6 @@ class LowLatencyBuffer(ABC):
                 f"{op}: the epoch is of no operation outstanding on buffer {self.name!r}, which has "
                 f"{len(self._outstanding)}; pass the tensor that the send returned, once"
             )
-
-    @abstractmethod
-    def check(self) -> None:
-        """Raise EpTimeoutError if one of the buffer's waits has expired, now or earlier."""
 
     @abstractmethod
     def _dispatch_send(
@@ -375,25 +336,5 @@ class LowLatencyBuffer(ABC):
     @abstractmethod
     def _clean_mask(self) -> None: ...
 
-    @abstractmethod
-    def _destroy(self) -> None:
-        """Called once. Must not hang if a wait has expired before."""
 
-
-_BUFFERS: WeakValueDictionary[str, LowLatencyBuffer] = WeakValueDictionary()
-_NUMBERS = itertools.count()
-
-
-def _free_name() -> str:
-    return next(name for name in (f"ll{i}" for i in _NUMBERS) if name not in _BUFFERS)
-
-
-def find(name: str) -> LowLatencyBuffer:
-    """The living low-latency buffer of that name. ValueError if there is none."""
-    buffer = _BUFFERS.get(name)
-    if buffer is None:
-        raise ValueError(
-            f"low-latency buffer {name!r} does not exist, living ones: {', '.join(sorted(_BUFFERS)) or 'none'}; make "
-            "it before the call and keep a reference to it"
-        )
-    return buffer
+find = LowLatencyBuffer._registry.find

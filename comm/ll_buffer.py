@@ -14,9 +14,10 @@ from torch import Tensor
 from . import kernels
 from .base import DEFAULT_TIMEOUT_S
 from .kernels import config as sizes
+from .kernels.config import BF16, BOTH, F32_SCALES, POW2_SCALES, RECEIVE, SEND, UE8M0_SCALES
 from .ll_base import LlDispatched, LlHandle, LowLatencyBuffer
 from .ll_config import LlLayout
-from .memory import DEFAULT_NUM_SMS, PeerMemory, address, aligned
+from .memory import DEFAULT_NUM_SMS, PeerMemory, address, aligned, cuda_device
 from .outputs import allocator
 
 if TYPE_CHECKING:
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
 
     from .ll_config import LlConfig
 
-SEND, RECEIVE, BOTH = sizes.PARTS
 RECORDS_PER_CTA = 4  # to receive: fewer make the start of a grid dear, more its work long
-BF16, F32_SCALES, POW2_SCALES, UE8M0_SCALES = range(4)  # of rows on the wire; kernels.ll_dispatch_send has the same
 
 
 class CudaLowLatencyBuffer(LowLatencyBuffer):
@@ -56,17 +55,16 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         """
         if config.elastic:
             raise NotImplementedError("LowLatencyBuffer: elastic is not supported on CUDA; a late rank ends the buffer")
-        device = torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device)
+        device = cuda_device(device)
         super().__init__(group, config, device, name, num_sms)
         self.layout = at = LlLayout(config)
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream().cuda_stream
             self._dispatch_kernels, self._combine_kernels, self._data_bytes = {}, {}, {}
             for parts in sizes.PARTS:
-                dispatch = sizes.LlDispatchConfig(*parts)
-                self._dispatch_kernels[parts] = kernels.ll_dispatch_kernel(dispatch, stream)
-                self._data_bytes[parts] = sizes.ll_dispatch_data_bytes(dispatch)  # of its shared memory, used or not
-                self._combine_kernels[parts] = kernels.ll_combine_kernel(sizes.LlCombineConfig(*parts), stream)
+                self._dispatch_kernels[parts] = kernels.ll_dispatch_kernel(parts, stream)
+                self._data_bytes[parts] = sizes.ll_dispatch_data_bytes(parts)  # of its shared memory, used or not
+                self._combine_kernels[parts] = kernels.ll_combine_kernel(parts, stream)
         self._memory = PeerMemory(group, device, provider, at.heap_bytes, at.host_bytes, at.error.offset, timeout_s)
         self._memory.check_sms(num_sms)
         # The last parameters of the kernels: the same in all calls.
@@ -131,7 +129,7 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
             )
 
     def _sending(
-        self, parts: tuple[bool, bool], x: Tensor, topk_idx: Tensor, wire: int, epoch: Tensor
+        self, parts: sizes.Parts, x: Tensor, topk_idx: Tensor, wire: int, epoch: Tensor
     ) -> tuple[int, int, tuple[int, ...]]:
         """CTAs, bytes of shared memory for records, and the parameters LlDispatchSendArgs."""
         tokens, topk = topk_idx.shape
@@ -145,7 +143,7 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
 
     def _receiving(
         self,
-        parts: tuple[bool, bool],
+        parts: sizes.Parts,
         epoch: Tensor,
         out: LlDispatched,
         num_topk: int,

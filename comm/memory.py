@@ -117,6 +117,12 @@ class PeerMemory:
                 raise
 
 
+def cuda_device(device: torch.device | str | None) -> torch.device:
+    """The device with its index, which is the current one's for None and "cuda"."""
+    chosen = torch.device("cuda" if device is None else device)
+    return torch.device("cuda", torch.cuda.current_device()) if chosen == torch.device("cuda") else chosen
+
+
 def words(memory: Tensor, offset: int, count: int) -> ctypes.Array[ctypes.c_int64]:
     """64-bit words of host memory that the GPU writes; a slice of them is a list of ints."""
     return (ctypes.c_int64 * count).from_address(memory.data_ptr() + offset)

@@ -4,70 +4,60 @@ Every size is a run-time parameter, so one build of each kernel serves every sha
 """
 
 from ...cute_kernels.jit import Program, compiled
-from .config import (
-    PARTS,
-    CombineReceiveConfig,
-    CombineSendConfig,
-    LayoutConfig,
-    LlCombineConfig,
-    LlDispatchConfig,
-    ReceiveConfig,
-    SendConfig,
-    WaitConfig,
-)
+from .config import PARTS, OneVariant, Parts
 
 
 @compiled
-def layout_kernel(config: LayoutConfig) -> Program:
+def layout_kernel(config: OneVariant) -> Program:
     from .layout import program
 
     return program(config)
 
 
 @compiled
-def send_kernel(config: SendConfig) -> Program:
+def send_kernel(config: OneVariant) -> Program:
     from .send import program
 
     return program(config)
 
 
 @compiled
-def receive_kernel(config: ReceiveConfig) -> Program:
+def receive_kernel(config: OneVariant) -> Program:
     from .receive import program
 
     return program(config)
 
 
 @compiled
-def combine_send_kernel(config: CombineSendConfig) -> Program:
+def combine_send_kernel(config: OneVariant) -> Program:
     from .combine_send import program
 
     return program(config)
 
 
 @compiled
-def combine_receive_kernel(config: CombineReceiveConfig) -> Program:
+def combine_receive_kernel(config: OneVariant) -> Program:
     from .combine_receive import program
 
     return program(config)
 
 
 @compiled
-def wait_kernel(config: WaitConfig) -> Program:
+def wait_kernel(config: OneVariant) -> Program:
     from .wait import program
 
     return program(config)
 
 
 @compiled
-def ll_dispatch_kernel(config: LlDispatchConfig) -> Program:
+def ll_dispatch_kernel(config: Parts) -> Program:
     from .ll_dispatch import program
 
     return program(config)
 
 
 @compiled
-def ll_combine_kernel(config: LlCombineConfig) -> Program:
+def ll_combine_kernel(config: Parts) -> Program:
     from .ll_combine import program
 
     return program(config)
@@ -75,12 +65,12 @@ def ll_combine_kernel(config: LlCombineConfig) -> Program:
 
 def variants():
     """Every kernel of this family, as (compiled function, config)."""
-    yield layout_kernel, LayoutConfig()
-    yield send_kernel, SendConfig()
-    yield receive_kernel, ReceiveConfig()
-    yield combine_send_kernel, CombineSendConfig()
-    yield combine_receive_kernel, CombineReceiveConfig()
-    yield wait_kernel, WaitConfig()
+    yield layout_kernel, OneVariant()
+    yield send_kernel, OneVariant()
+    yield receive_kernel, OneVariant()
+    yield combine_send_kernel, OneVariant()
+    yield combine_receive_kernel, OneVariant()
+    yield wait_kernel, OneVariant()
     for parts in PARTS:
-        yield ll_dispatch_kernel, LlDispatchConfig(*parts)
-        yield ll_combine_kernel, LlCombineConfig(*parts)
+        yield ll_dispatch_kernel, parts
+        yield ll_combine_kernel, parts

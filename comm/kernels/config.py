@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import VECTOR, round_up
+from ..config import MAX_RANKS, VECTOR, round_up
 
 LAYOUT_CLUSTER = 8  # CTAs; each counts its share of the tokens, then adds up its share of the experts
 LAYOUT_THREADS = 256
 MAX_EXPERTS = 8192  # 8 ranks of 1024; int32 counters in shared memory
+LAYOUT_COUNTERS = MAX_EXPERTS + MAX_RANKS
+LAYOUT_RANKS = 32  # bits of the word in which a thread notes its token's ranks
 
 SEND_THREADS = 1024
 
@@ -27,33 +29,8 @@ WEIGHT_WARPS = 4  # warps that add top-k weights
 
 
 @dataclass(frozen=True)
-class LayoutConfig:
-    pass
-
-
-@dataclass(frozen=True)
-class SendConfig:
-    pass
-
-
-@dataclass(frozen=True)
-class ReceiveConfig:
-    pass
-
-
-@dataclass(frozen=True)
-class CombineSendConfig:
-    pass
-
-
-@dataclass(frozen=True)
-class CombineReceiveConfig:
-    pass
-
-
-@dataclass(frozen=True)
-class WaitConfig:
-    pass
+class OneVariant:
+    """Of a kernel that is built once: every size is a parameter of the launch."""
 
 
 def ring(row_bytes: int, ring_bytes: int) -> tuple[int, int]:
@@ -77,25 +54,18 @@ REDUCE_WARPS = 16  # of a receiving CTA
 
 
 @dataclass(frozen=True)
-class LlDispatchConfig:
-    """What one launch does: send, receive, or both."""
+class Parts:
+    """What one low-latency launch does: send, receive, or both."""
 
     sends: bool
     receives: bool
 
 
-@dataclass(frozen=True)
-class LlCombineConfig:
-    """What one launch does: send, receive, or both."""
-
-    sends: bool
-    receives: bool
+SEND, RECEIVE, BOTH = PARTS = (Parts(True, False), Parts(False, True), Parts(True, True))
+BF16, F32_SCALES, POW2_SCALES, UE8M0_SCALES = range(4)  # how dispatched rows travel
 
 
-PARTS = ((True, False), (False, True), (True, True))
-
-
-def ll_dispatch_data_bytes(config: LlDispatchConfig) -> int:
+def ll_dispatch_data_bytes(config: Parts) -> int:
     """Shared memory for records that are sent, a team each, and rows that are received, a warp each."""
     if config.sends:
         return 126976 if config.receives else 163840

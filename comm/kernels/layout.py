@@ -19,8 +19,7 @@ from cutlass.memory import SmemAllocator
 from ...cute_kernels.jit import Program
 from ...cute_kernels.sm90 import ptx
 from ...cute_kernels.sm90.args import fake_args, param_kinds
-from ..config import MAX_RANKS
-from .config import LAYOUT_CLUSTER, LAYOUT_THREADS, MAX_EXPERTS
+from .config import LAYOUT_CLUSTER, LAYOUT_COUNTERS, LAYOUT_THREADS
 from .verbs import ld_id, st_i32, st_u8
 
 
@@ -43,7 +42,7 @@ class Layout:
     def __init__(self):
         @cute.struct
         class Smem:
-            counters: cute.struct.MemRange[Int32, MAX_EXPERTS + MAX_RANKS]  # of experts, then of ranks
+            counters: cute.struct.MemRange[Int32, LAYOUT_COUNTERS]  # of experts, then of ranks
 
         self.Smem = Smem
 

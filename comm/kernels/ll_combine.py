@@ -13,14 +13,14 @@ from ...cute_kernels.jit import Program
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import MAX_LOCAL_EXPERTS, MAX_RANKS
 from . import ll_combine_receive, ll_combine_send
-from .config import MAX_STAGES, RINGS, SEND_RING_BYTES, LlCombineConfig
+from .config import MAX_STAGES, RINGS, SEND_RING_BYTES, Parts
 from .ll_combine_receive import CombineReceiver, LlCombineReceiveArgs
 from .ll_combine_send import CombineSender, LlCombineSendArgs
 from .verbs import Group, ld_i32
 
 
 class LlCombine(CombineSender, CombineReceiver):
-    def __init__(self, config: LlCombineConfig):
+    def __init__(self, config: Parts):
         self.sends, self.receives = config.sends, config.receives
         self.threads = ll_combine_receive.THREADS if config.receives else ll_combine_send.THREADS
         rings = RINGS if config.sends else 0
@@ -57,7 +57,7 @@ class LlCombine(CombineSender, CombineReceiver):
             self.receive(g, r, sm, self.send(g, s, sm))
 
 
-def program(config: LlCombineConfig) -> Program:
+def program(config: Parts) -> Program:
     """The host function and the fake arguments that compile one variant."""
     kernel = LlCombine(config)
     name = f"cutehop_ep_ll_combine{'_send' * config.sends}{'_receive' * config.receives}"

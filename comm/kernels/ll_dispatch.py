@@ -14,14 +14,14 @@ from ...cute_kernels.jit import Program
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import MAX_RANKS
 from . import ll_dispatch_receive, ll_dispatch_send
-from .config import COPY_WARPS, IDS, MAX_EXPERTS, MAX_TEAMS, LlDispatchConfig, ll_dispatch_data_bytes
+from .config import COPY_WARPS, IDS, MAX_EXPERTS, MAX_TEAMS, Parts, ll_dispatch_data_bytes
 from .ll_dispatch_receive import DispatchReceiver, LlDispatchReceiveArgs
 from .ll_dispatch_send import HEAD_WORDS, DispatchSender, LlDispatchSendArgs
 from .verbs import Group, ld_i32
 
 
 class LlDispatch(DispatchSender, DispatchReceiver):
-    def __init__(self, config: LlDispatchConfig):
+    def __init__(self, config: Parts):
         self.sends, self.receives = config.sends, config.receives
         self.threads = ll_dispatch_send.THREADS if config.sends else ll_dispatch_receive.THREADS
         send, receive = int(config.sends), int(config.receives)
@@ -60,7 +60,7 @@ class LlDispatch(DispatchSender, DispatchReceiver):
             self.receive(g, r, sm, epoch)
 
 
-def program(config: LlDispatchConfig) -> Program:
+def program(config: Parts) -> Program:
     """The host function and the fake arguments that compile one variant."""
     kernel = LlDispatch(config)
     name = f"cutehop_ep_ll_dispatch{'_send' * config.sends}{'_receive' * config.receives}"

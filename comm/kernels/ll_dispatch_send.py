@@ -23,7 +23,7 @@ from cutlass.experimental import primitives as prims
 from ...cute_kernels.sm90 import ptx
 from ..config import MAX_RANKS
 from ..ll_config import MAX_TOPK, SLOTS
-from .config import IDS, INDEX_WARPS, TOKEN_WARPS
+from .config import BF16, F32_SCALES, IDS, INDEX_WARPS, TOKEN_WARPS, UE8M0_SCALES
 from .ll_verbs import (
     ACK,
     COUNTS,
@@ -54,7 +54,6 @@ TOKEN_THREADS = 32 * TOKEN_WARPS
 INDEX_THREADS = 32 * INDEX_WARPS
 THREADS = TOKEN_THREADS + INDEX_THREADS
 INDEX_BARRIER = 1
-BF16, F32_SCALES, POW2_SCALES, UE8M0_SCALES = range(4)  # LlDispatchSendArgs.format
 HEAD_WORDS = 2 + 2 * MAX_TOPK
 FP8_MAX, FP8_MIN_AMAX = 448.0, 1e-4
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from cutehop.comm.kernels import layout_kernel
-from cutehop.comm.kernels.config import LAYOUT_CLUSTER, LayoutConfig
+from cutehop.comm.kernels.config import LAYOUT_CLUSTER, LAYOUT_COUNTERS, LAYOUT_RANKS, OneVariant
 
-_CONFIG = LayoutConfig()
+_CONFIG = OneVariant()
 
 
 def layout(
@@ -20,7 +20,12 @@ def layout(
     num_tokens_per_expert: Tensor,
     is_token_in_rank: Tensor,
 ) -> None:
-    """Fill the outputs. topk_idx was checked."""
+    """Fill the outputs. topk_idx was checked. ValueError for more ranks or experts than the kernel counts."""
+    if num_ranks > LAYOUT_RANKS or num_experts + num_ranks > LAYOUT_COUNTERS:
+        raise ValueError(
+            f"ep_layout: {num_ranks} ranks and {num_experts} experts, supported on CUDA {LAYOUT_RANKS} ranks and "
+            f"together {LAYOUT_COUNTERS}; count on the CPU"
+        )
     device = topk_idx.get_device()
     if device != torch._C._cuda_getDevice():
         outputs = {

@@ -24,6 +24,7 @@ from cutehop.comm.gloo import GlooBuffer
 from cutehop.comm.kernels import combine_receive, combine_send, receive, send, verbs
 from cutehop.comm.ll_buffer import CudaLowLatencyBuffer
 from cutehop.comm.ll_config import LlConfig
+from cutehop.ops import _ep_cuda
 from cutehop.ref import ep as ref
 
 CONFIG = EpConfig(1, 256, 48, 4, max_topk=8, scales="f32")
@@ -263,3 +264,17 @@ def test_once_calls_its_check_for_new_signatures_only(monkeypatch):
     once((first.double(), None), 1)  # one too many: it begins anew
     once((first, None), 1)
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize(("experts", "ranks"), [(33, 33), (8200, 8)])
+def test_layout_refuses_what_its_kernel_cannot_count(experts, ranks):
+    ids, outputs = torch.zeros((1, 1), dtype=torch.int64), torch.zeros(0)
+    names = ("num_tokens_per_rank", "num_tokens_per_expert", "is_token_in_rank")
+    with pytest.raises(ValueError, match=f"ep_layout: {ranks} ranks and {experts} experts, supported on CUDA 32 ranks"):
+        _ep_cuda.layout(ids, experts, ranks, **dict.fromkeys(names, outputs))
+
+
+def test_a_device_gets_its_index(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert [memory.cuda_device(each) for each in (None, "cuda", torch.device("cuda"))] == [torch.device("cuda", 3)] * 3
+    assert memory.cuda_device("cuda:1") == torch.device("cuda", 1)
