@@ -118,7 +118,7 @@ class PeerMemory:
 
 
 def cuda_device(device: torch.device | str | None) -> torch.device:
-    """The device with its index, which is the current one's for None and "cuda"."""
+    """The device, for None and "cuda" the current GPU with its index."""
     chosen = torch.device("cuda" if device is None else device)
     return torch.device("cuda", torch.cuda.current_device()) if chosen == torch.device("cuda") else chosen
 

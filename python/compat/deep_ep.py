@@ -27,6 +27,7 @@ from torch import Tensor
 
 from cutehop.comm.base import DEFAULT_TIMEOUT_S, EpHandle
 from cutehop.comm.base import Buffer as CommBuffer
+from cutehop.comm.memory import cuda_device
 from cutehop.cute_kernels.errors import check
 
 from . import _deep_ep_config as v1
@@ -394,7 +395,4 @@ def _num_sms(config: Config | None, core: CommBuffer) -> int:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
-    return torch.device("cuda", torch.cuda.current_device()) if chosen == torch.device("cuda") else chosen
+    return cuda_device(device) if device is not None or torch.cuda.is_available() else torch.device("cpu")
