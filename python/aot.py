@@ -23,7 +23,14 @@ from typing import Any
 from cutehop.cute_kernels.jit import bundle, cache, store
 
 # Each has a function variants() that gives (function decorated with `compiled`, config) pairs.
-KERNEL_MODULES = ("cutehop.cute_kernels.jit.probe", "cutehop.cute_kernels.mla", "cutehop.comm.kernels")
+KERNEL_MODULES = (
+    "cutehop.cute_kernels.jit.probe",
+    "cutehop.cute_kernels.mla",
+    "cutehop.cute_kernels.gemm",
+    "cutehop.cute_kernels.gemm_decode",
+    "cutehop.cute_kernels.moe",
+    "cutehop.comm.kernels",
+)
 
 Variant = tuple[str, str, Any]  # module and name of the compiled function, config
 

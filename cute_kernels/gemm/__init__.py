@@ -1,0 +1,9 @@
+"""Grouped GEMM for many rows per expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def variants() -> list[tuple[Any, Any]]:
+    return []
