@@ -128,9 +128,9 @@ class CombineReceive:
             elif a.weights != 0:
                 first = (warp - ADDERS - TEAMS) * ctas + cta
                 self.add_weights(g, a, sm, first * 32 + lane, WEIGHT_WARPS * ctas * 32)
-        if last_to_arrive(g, ARRIVALS["combine_receive"], flag):
+        if last_to_arrive(g, ARRIVALS["combine_receive"], flag, wrote=False):
             if not aborted(g):
-                signal_peers(g, Int64(COMBINE_ACK), epoch)
+                signal_peers(g, Int64(COMBINE_ACK), epoch, wrote=False)
                 if tid == 0:
                     st_i32(g.own + EPOCH["combine"], epoch)
 

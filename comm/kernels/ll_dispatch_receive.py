@@ -198,7 +198,7 @@ class DispatchReceiver:
             cute.arch.cp_async_bulk_commit_group()
             if a.scale_words != 0:
                 self.copy_scales(g, a, place + a.row_bytes, row, lane)
-        cute.arch.cp_async_bulk_wait_group(0)
+        cute.arch.cp_async_bulk_wait_group(0, read=True)  # the end of the kernel waits for the rest
 
     @cute.jit
     def row_of(self, g: Group, a: LlDispatchReceiveArgs, sm, record: Int64, source: Int32, choice: Int32):

@@ -6,7 +6,7 @@
 In rounds, a token per team:
 
     16 token warps  in teams of 2 to 16: bf16 columns to e4m3 with a scale per 128 columns (or the columns as they are)
-    4 index warps   expert ids into shared memory; in CTA 0, counts to all peers; then the heads of the round's tokens
+    4 index warps   expert ids into shared memory; the heads of the round's tokens; in one CTA, counts to all peers
 
 then one warp of each team stores its record to the peers, a lane per rank. Rows of an expert are numbered by source
 rank and token, so the receiver puts them in an order that does not depend on timing. Bound by latency, for many
@@ -102,7 +102,7 @@ class DispatchSender:
             go = self.index_begin(g, a, sm, epoch, mask, tid - TOKEN_THREADS)
         # Packing touches no peer, so it does not wait for them; the barrier before the first push does.
         rounds = (a.tokens + ctas * a.teams - 1) // (ctas * a.teams)
-        for r in cutlass.range(rounds, unroll=1):
+        for r in cutlass.range(rounds if rounds > 0 else 1, unroll=1):
             first = r * a.teams * ctas + cta  # token of team 0; the next team's is `ctas` further
             if warp >= TOKEN_WARPS:
                 for team in cutlass.range(warp - TOKEN_WARPS, a.teams, INDEX_WARPS, unroll=1):
@@ -115,8 +115,9 @@ class DispatchSender:
             if go & (warp < a.teams):
                 if first + warp * ctas < a.tokens:
                     self.push(g, a, sm, epoch, mask, warp, lane)
+            elif go & (r == 0) & (cta == ctas - 1) & (warp >= TOKEN_WARPS):  # that CTA has the fewest tokens
+                self.send_counts(g, a, sm, epoch, mask, tid - TOKEN_THREADS)
             cute.arch.sync_threads()
-        go = may_proceed(g, go)
         if const_expr(not self.receives):
             start_next_kernel()
         cute.arch.cp_async_bulk_wait_group(0)
@@ -126,16 +127,12 @@ class DispatchSender:
     @cute.jit
     def index_begin(self, g: Group, a: LlDispatchSendArgs, sm, epoch: Int32, mask: Int64, thread: Int32):
         """What the index warps do before the first round. False if a peer's acknowledgement did not come."""
-        cta, _, _ = cute.arch.block_idx()
         self.load_ids(a, sm, thread)
         reached = Boolean(True)
         if thread < g.ranks:
             sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[thread] = peer_base(g, thread)
             reached = wait_flag(g, g.own + line(ACK, epoch, thread), epoch - SLOTS, thread, PHASE["ll_ack"], mask)
-        go = may_proceed(g, reached, INDEX_BARRIER, INDEX_THREADS)
-        if go & (cta == 0):
-            self.send_counts(g, a, sm, epoch, mask, thread)
-        return go
+        return may_proceed(g, reached, INDEX_BARRIER, INDEX_THREADS)
 
     @cute.jit
     def id_of(self, a: LlDispatchSendArgs, i: Int32):

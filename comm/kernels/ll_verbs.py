@@ -46,14 +46,14 @@ def finish(
     """
     tid, _, _ = cute.arch.thread_idx()
     ctas, _, _ = cute.arch.grid_dim()
-    if last_to_arrive(g, ARRIVALS[kernel], shared):
+    if last_to_arrive(g, ARRIVALS[kernel], shared, region == READY):
         if (not aborted(g)) if ctas > 1 else go:
             if tid < g.ranks:
                 left_out = Boolean(False)
                 if const_expr(region == READY):  # that I need its data no more is told to all: it may come back
                     left_out = is_masked(mask, tid)
                 if not left_out:
-                    set_flag(base + line(region, epoch, g.rank), epoch)
+                    set_flag(base + line(region, epoch, g.rank), epoch, region == READY)
             if counts_epoch:
                 if tid == 0:
                     st_i32(g.own + EPOCH, epoch)

@@ -133,9 +133,9 @@ class Receive:
                 self.move_rows(g, a, sm, longest, warp, lane)
             else:
                 self.copy_sides(g, a, sm, longest, total, warp - MOVERS, lane)
-        if last_to_arrive(g, ARRIVALS["dispatch_receive"], flag):
+        if last_to_arrive(g, ARRIVALS["dispatch_receive"], flag, wrote=False):
             if not aborted(g):
-                signal_peers(g, Int64(DISPATCH_ACK), epoch)
+                signal_peers(g, Int64(DISPATCH_ACK), epoch, wrote=False)
                 if tid == 0:
                     st_i32(g.own + EPOCH["dispatch"], epoch)
 

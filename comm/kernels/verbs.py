@@ -148,9 +148,9 @@ def wait_flag(g: Group, address, epoch, peer, phase, mask=NO_MASK):
     left out before, and no earlier wait of this rank had expired.
     """
     flag = cute.make_ptr(Int32, address, GMEM, assumed_align=4)
-    seen = cute.arch.load(flag, Int32, sem="acquire", scope="sys")
     start, waited = cute.arch.globaltimer(), Int64(0)
-    left_out = aborted(g) | is_masked(mask, peer)
+    left_out = aborted(g) | is_masked(mask, peer)  # before the flag: behind an acquire it would be a trip of its own
+    seen = cute.arch.load(flag, Int32, sem="acquire", scope="sys")
     stop = left_out
     while (seen - epoch < 0) & (not stop):
         seen = cute.arch.load(flag, Int32, sem="acquire", scope="sys")
@@ -165,9 +165,9 @@ def wait_flag(g: Group, address, epoch, peer, phase, mask=NO_MASK):
 def wait_count(g: Group, address, epoch, peer, phase, mask=NO_MASK):
     """Wait for a count word of `epoch` in my memory and return the count; 0 if it does not come."""
     pointer = cute.make_ptr(Int64, address, GMEM, assumed_align=8)
-    word = cute.arch.load(pointer, Int64, sem="relaxed", scope="sys")
     start, waited = cute.arch.globaltimer(), Int64(0)
     stop = aborted(g) | is_masked(mask, peer)
+    word = cute.arch.load(pointer, Int64, sem="relaxed", scope="sys")
     while (Int32(word >> 32) != epoch) & (not stop):
         word = cute.arch.load(pointer, Int64, sem="relaxed", scope="sys")
         waited = cute.arch.globaltimer() - start
@@ -187,42 +187,43 @@ def send_count(address, epoch, count):
 
 
 @cute.jit
-def last_to_arrive(g: Group, arrivals: int, shared: cute.Pointer):
+def last_to_arrive(g: Group, arrivals: int, shared: cute.Pointer, wrote: cutlass.Constexpr = True):
     """True in all threads of the last CTA of a grid to come here; all threads of every CTA call it once, at its end.
 
-    What any thread of the grid did before is then ordered before what this CTA does, at system scope: its flags may be
-    relaxed stores. The counter is zero again afterwards. arrivals: its offset in my memory. shared: one Int32 of shared
-    memory.
+    What any thread of the grid did before happens before what this CTA does then. One thread carries the order between
+    CTAs and each flag's thread that to its peer (`set_flag`): fences by all warps cost microseconds. The counter is
+    zero again afterwards. arrivals: its offset in my memory. shared: one Int32 of shared memory. wrote: False where
+    no peer looks at what the grid has written; what it read has been read when its threads have come here.
     """
     tid, _, _ = cute.arch.thread_idx()
     ctas, _, _ = cute.arch.grid_dim()
-    cute.arch.fence_acq_rel_sys()
     cute.arch.sync_threads()
     last = Int32(1)
     if ctas > 1:
         if tid == 0:
             counter = cute.make_ptr(Int32, g.own + arrivals, GMEM, assumed_align=4)
-            before = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
+            order = "acq_rel" if wrote else "relaxed"
+            before = cute.arch.atomic_add(counter, Int32(1), sem=order, scope="gpu")
             cute.arch.store(shared, before)
             if before == ctas - 1:
                 cute.arch.store(counter, Int32(0), sem="relaxed", scope="gpu")
         cute.arch.sync_threads()
         last = Int32(cute.arch.load(shared, Int32) == ctas - 1)
-    if last != 0:
-        cute.arch.fence_acq_rel_sys()  # once more behind the barrier: by the letter, a fence covers its own thread
     return last != 0
 
 
 @cute.jit
-def signal_peers(g: Group, offset, epoch):
+def signal_peers(g: Group, offset, epoch, wrote: cutlass.Constexpr = True):
     """Set my flag at every peer; called by all threads of one CTA after `last_to_arrive`."""
     tid, _, _ = cute.arch.thread_idx()
     if tid < g.ranks:
-        set_flag(peer_base(g, tid) + offset + g.rank * LINE, epoch)
+        set_flag(peer_base(g, tid) + offset + g.rank * LINE, epoch, wrote)
 
 
-def set_flag(address, epoch):
-    cute.arch.store(cute.make_ptr(Int32, address, GMEM, assumed_align=4), epoch, sem="relaxed", scope="sys")
+def set_flag(address, epoch, wrote: bool = True):
+    """wrote: whether the peer that sees the flag must see what came before it."""
+    order = "release" if wrote else "relaxed"
+    cute.arch.store(cute.make_ptr(Int32, address, GMEM, assumed_align=4), epoch, sem=order, scope="sys")
 
 
 @cute.jit

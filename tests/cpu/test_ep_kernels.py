@@ -21,6 +21,7 @@ LOADING = ("receive", "combine_receive", "ll_dispatch+receive", "ll_combine+send
 STORING = ("receive", "ll_dispatch+send", "ll_dispatch+receive", "ll_combine+send")
 RINGS = ("receive", "ll_combine+send")  # a stage is loaded again once its last store has read it
 PULLING = ("receive", "combine_receive")  # reads peers' memory
+WRITING = ("send", "combine_send", "ll_dispatch+send", "ll_combine+send")  # what peers read once they see its flag
 
 
 def name_of(variant) -> str:
@@ -65,7 +66,7 @@ def test_rows_move_by_bulk_copies(kernel):
         assert "fence.proxy.async.global" in bundle.ptx, "peers write in the generic proxy"
     if does(name, RINGS):
         assert re.search(r"cp\.async\.bulk\.wait_group\.read\s+1;", bundle.ptx), "before a stage is filled again"
-    if stores:
+    if stores and does(name, WRITING):
         assert re.search(r"cp\.async\.bulk\.wait_group\s+0;", bundle.ptx), "before the CTA says it is done"
 
 
@@ -77,9 +78,9 @@ def test_what_crosses_gpus_is_of_system_scope(kernel):
     assert "ld.relaxed.sys" in bundle.ptx
     assert "ld.acquire.sys" in bundle.ptx
     assert "ld.acquire.gpu" not in bundle.ptx
-    if name != "wait":
-        assert "fence.acq_rel.sys" in bundle.ptx, "flags are relaxed stores behind it"
-        assert "st.relaxed.sys" in bundle.ptx
+    assert ("st.release.sys.global.b32" in bundle.ptx) == does(name, WRITING), "a flag that says: my data is there"
+    if name not in ("wait", "combine_send", "ll_combine+send"):
+        assert "st.relaxed.sys" in bundle.ptx, "counts, acknowledgements"
 
 
 def test_every_wait_has_a_deadline(kernel):
