@@ -34,7 +34,7 @@ _ring = lru_cache(sizes.ring)
 class CudaBuffer(Buffer):
     """Buffer of one rank on a GPU. All calls go on the current stream; one stream at a time uses a buffer.
 
-    provider: "torch" | "nvshmem", where the symmetric memory comes from (comm/heap.py).
+    provider: "vmm" | "torch" | "nvshmem", where the symmetric memory comes from (comm/heap.py).
     timeout_s: seconds after which a kernel that waits for a peer gives up.
     """
 
@@ -44,7 +44,7 @@ class CudaBuffer(Buffer):
         config: EpConfig,
         *,
         device: torch.device | None = None,
-        provider: str = "torch",
+        provider: str = "vmm",
         name: str | None = None,
         num_sms: int = DEFAULT_NUM_SMS,
         timeout_s: float = DEFAULT_TIMEOUT_S,

@@ -1,7 +1,8 @@
 """SymmetricHeap: memory of equal size on every rank of a group, mapped by all of them.
 
-Two providers. `torch`: torch's symmetric memory, one node, any number of groups and heaps. `nvshmem`: NVSHMEM's heap,
-one world per process. Both work where ranks share a GPU, without a NIC and without NVLink multicast.
+Three providers. `vmm`, the default: the CUDA driver's memory, one node, any number of groups and heaps, addresses that
+stay while memory is released. `torch`: torch's symmetric memory, one node. `nvshmem`: NVSHMEM's heap, one world per
+process. All work where ranks share a GPU, without a NIC and without NVLink multicast.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from cutehop.cute_kernels.errors import check
 from .layout import ROW_ALIGN
 from .meeting import Meeting
 
-PROVIDERS = ("torch", "nvshmem")
+PROVIDERS = ("vmm", "torch", "nvshmem")
 
 
 class Memory(Protocol):
@@ -46,13 +47,17 @@ class Memory(Protocol):
         """As `free`, but not all ranks are there: whatever can be done without them."""
         ...
 
+    def close(self) -> None:
+        """Gives up what outlives `free`. The last call; there is no memory any more."""
+        ...
+
 
 def open_heap(
     provider: str, group: ProcessGroup, nbytes: int, device: torch.device, timeout_s: float = 60.0
 ) -> SymmetricHeap:
     """Symmetric memory of `nbytes` zeroed bytes per rank; collective over `group`.
 
-    provider: "torch" | "nvshmem".
+    provider: "vmm" | "torch" | "nvshmem".
     group: its ranks are on one node; any backend. It must outlive the heap.
     device: a CUDA device; ranks may share one.
     timeout_s: longest wait for another rank, here and in the heap's collective methods.
@@ -62,23 +67,30 @@ def open_heap(
     """
     check(
         provider in PROVIDERS,
-        f"heap: provider {provider!r}, supported {'|'.join(PROVIDERS)}; one node needs only torch",
+        f"heap: provider {provider!r}, supported {'|'.join(PROVIDERS)}; one node needs only vmm",
     )
     check(nbytes > 0, f"heap: nbytes {nbytes}, must be positive; pass EpLayout.heap_bytes")
     check(device.type == "cuda", f"heap: device {device}, must be a CUDA device; without a GPU use the gloo buffer")
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    if provider == "torch":
-        return SymmetricHeap(provider, group, nbytes, device, TorchMemory(group, device), timeout_s)
-    from .nvshmem import NvshmemMemory  # only here, so that one node needs no NVSHMEM
+    memory: Memory
+    if provider == "vmm":
+        from .vmm import VmmMemory
 
-    return SymmetricHeap(provider, group, nbytes, device, NvshmemMemory(group, device), timeout_s)
+        memory = VmmMemory(group, device)
+    elif provider == "torch":
+        memory = TorchMemory(group, device)
+    else:
+        from .nvshmem import NvshmemMemory  # only here, so that one node needs no NVSHMEM
+
+        memory = NvshmemMemory(group, device)
+    return SymmetricHeap(provider, group, nbytes, device, memory, timeout_s)
 
 
 class SymmetricHeap:
     """Made by `open_heap`. Its collective methods are called by all ranks, in the same order.
 
-    provider: "torch" | "nvshmem".
+    provider: "vmm" | "torch" | "nvshmem".
     rank, ranks: of the group.
     nbytes: of one rank.
     bases: address of every rank's memory as mapped into this rank's GPU, multiples of 1024; bases[rank] is its own.
@@ -104,7 +116,11 @@ class SymmetricHeap:
         self._memory = memory
         self._meeting = Meeting(group, timeout_s)
         self._destroyed = False
-        self.acquire()
+        try:
+            self.acquire()
+        except BaseException:
+            self._memory.close()
+            raise
 
     @property
     def local(self) -> torch.Tensor:
@@ -114,7 +130,7 @@ class SymmetricHeap:
         return self._local
 
     def acquire(self) -> None:
-        """Gets the memory (back), zeroed; `bases` may change. Collective; does nothing if it is there.
+        """Gets the memory (back), zeroed, with `vmm` where it was. Collective; does nothing if it is there.
 
         When it returns on any rank, the memory of all ranks is zeroed. Errors as for `open_heap`; after one the heap
         has no memory. It can be tried again, unless a rank did not come: then ranks are out of step.
@@ -165,7 +181,10 @@ class SymmetricHeap:
         """Releases for good. Collective, idempotent; errors as for `release`; after one it is destroyed, too."""
         if not self._destroyed:
             self._destroyed = True
-            self.release()
+            try:
+                self.release()
+            finally:
+                self._memory.close()
 
     def _agree(self) -> list[str]:
         """Ranks compare what must be equal and hear each other's greetings."""
@@ -264,6 +283,9 @@ class TorchMemory:
         self._tensor = self._handle = None
 
     abandon = free  # a mapping keeps a peer's pages alive, so nobody has to be waited for
+
+    def close(self) -> None:
+        """Nothing outlives `free`."""
 
 
 @contextmanager

@@ -33,7 +33,7 @@ RECORDS_PER_CTA = 4  # to receive: fewer make the start of a grid dear, more its
 class CudaLowLatencyBuffer(LowLatencyBuffer):
     """Low-latency buffer of one rank on a GPU. One stream at a time uses a buffer, hooks included.
 
-    provider: "torch" | "nvshmem", where the symmetric memory comes from (comm/heap.py).
+    provider: "vmm" | "torch" | "nvshmem", where the symmetric memory comes from (comm/heap.py).
     timeout_s: seconds after which a kernel that waits for a peer gives up.
     """
 
@@ -43,7 +43,7 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         config: LlConfig,
         *,
         device: torch.device | None = None,
-        provider: str = "torch",
+        provider: str = "vmm",
         name: str | None = None,
         num_sms: int = DEFAULT_NUM_SMS,
         timeout_s: float = DEFAULT_TIMEOUT_S,

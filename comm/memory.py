@@ -52,12 +52,13 @@ class PeerMemory:
         self._error = words(self.host, error_offset, len(ERROR_WORDS))
         self._error_address = self.host.data_ptr() + error_offset
         self._heap = open_heap(provider, group, nbytes, device, timeout_s)
+        self._bases = torch.empty(self.ranks, dtype=torch.int64, device=device)
         self._map()
 
     def _map(self) -> None:
         """The heap comes zeroed on all ranks, as flags and counters have to be."""
         bases, timeout_ns = self._heap.bases, int(self.timeout_s * 1e9)
-        self._bases = torch.tensor(bases, dtype=torch.int64, device=self.device)
+        self._bases.copy_(torch.tensor(bases))
         pointers = (self._bases.data_ptr(), bases[self.rank], self._error_address)
         self.group_args = (*pointers, timeout_ns, self.rank, self.ranks)
 

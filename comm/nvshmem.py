@@ -86,6 +86,9 @@ class NvshmemMemory:
         if _world is not None:
             _world.broken = True
 
+    def close(self) -> None:
+        """The world, like its library, ends with the process."""
+
     def _begin(self, unique_id: bytes) -> _World:
         global _world
         import numpy

@@ -79,12 +79,12 @@ class CombineReceive:
     def __init__(self):
         @cute.struct
         class Smem:
-            ring: cute.struct.Align[cute.struct.MemRange[Uint8, TEAMS * TEAM_RING_BYTES + PIECE_BYTES], 128]
+            ring: cute.struct.Align[cute.struct.MemRange[Uint8, TEAMS * TEAM_RING_BYTES], 128]
             full: cute.struct.MemRange[Int64, TEAMS * MAX_STAGES]
             empty: cute.struct.MemRange[Int64, TEAMS * MAX_STAGES]
+            flag: cute.struct.MemRange[Int32, 4]
             y: cute.struct.MemRange[Int64, MAX_RANKS]  # address of my first row at each rank
             weights: cute.struct.MemRange[Int64, MAX_RANKS]  # and of its weights
-            flag: cute.struct.MemRange[Int32, 4]
 
         self.Smem = Smem
 
@@ -180,7 +180,7 @@ class CombineReceive:
         """thread: of the team. It has the vectors thread, thread + 128, ... of each piece."""
         lane = thread % 32
         acc = cute.make_rmem_tensor(8 * VECTORS, Float32)
-        ring = sm.ring.data_ptr() + team * TEAM_RING_BYTES + thread * 16
+        ring = sm.ring.data_ptr() + team * TEAM_RING_BYTES
         stage, phase = Int32(0), Int32(0)
         ahead = self.row_of(g, a, first, lane)
         for token in cutlass.range(first, a.tokens, step, unroll=1):
@@ -190,6 +190,8 @@ class CombineReceive:
             for at in cutlass.range(0, a.row_bytes, a.piece_bytes, unroll=1):
                 left = a.row_bytes - at
                 left = (left if left < a.piece_bytes else a.piece_bytes) - thread * 16
+                # A thread past the end of a piece adds the piece's first vector instead, and stores nothing.
+                offsets = [thread * 16 + v * STRIDE if v * STRIDE < left else Int32(0) for v in range(VECTORS)]
                 acc.fill(0.0)
                 if a.bias_0 != 0:
                     self.add_bias(a.bias_0 + row + at, acc, left)
@@ -199,9 +201,8 @@ class CombineReceive:
                     slot = team * MAX_STAGES + stage
                     cute.arch.mbarrier_wait(sm.full.data_ptr() + slot, phase)
                     piece = ring + stage * a.piece_bytes
-                    # A thread past the end of a piece adds what lies behind it, and stores nothing.
                     for v in cutlass.range_constexpr(VECTORS):
-                        self.add_vector(acc, v, ptx.ld_shared_v4(piece + v * STRIDE))
+                        self.add_vector(acc, v, ptx.ld_shared_v4(piece + offsets[v]))
                     cute.arch.sync_warp()
                     if lane == 0:
                         cute.arch.mbarrier_arrive(sm.empty.data_ptr() + slot)

@@ -70,7 +70,7 @@ class Buffer(LowLatency, Refused):
     num_max_tokens_per_rank: most tokens that a rank dispatches in one call.
     hidden, num_topk: the largest of any call.
     num_experts: of the group.
-    provider: "torch" | "nvshmem", who allocates the memory on a GPU.
+    provider: "vmm" | "torch" | "nvshmem", who allocates the memory on a GPU.
     timeout_s: seconds that a call waits for a peer.
     device: where the tensors are; the current GPU if there is one, otherwise the CPU.
 
@@ -100,7 +100,7 @@ class Buffer(LowLatency, Refused):
         hidden: int | None = None,
         num_experts: int | None = None,
         num_topk: int | None = None,
-        provider: str = "torch",
+        provider: str = "vmm",
         timeout_s: float = DEFAULT_TIMEOUT_S,
         device: torch.device | str | None = None,
     ) -> None:

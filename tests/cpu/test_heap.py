@@ -57,6 +57,9 @@ class PlainMemory:
     def abandon(self):
         self._step("abandon")
 
+    def close(self):
+        self._step("close")
+
 
 def open_plain(group, nbytes=4096, timeout_s=20.0, **options):
     memory = PlainMemory(**options)
@@ -91,7 +94,7 @@ def live_a_life(group, rank):
 
 @pytest.mark.dist
 def test_memory_comes_zeroed_goes_and_comes_back(cpu_ranks):
-    assert cpu_ranks(2).run(live_a_life) == [["allocate", "map", "free"] * 2] * 2
+    assert cpu_ranks(2).run(live_a_life) == [[*["allocate", "map", "free"] * 2, "close"]] * 2
 
 
 def fail_on_rank_1(group, rank, step):
@@ -136,13 +139,13 @@ def come_alone(group, rank):
         heap.destroy()
     assert heap.bases == ()
     heap.destroy()  # it is destroyed all the same
-    return caught.value.peer, caught.value.phase, caught.value.waited_s, memory.calls[-1]
+    return caught.value.peer, caught.value.phase, caught.value.waited_s, memory.calls[-2:]
 
 
 @pytest.mark.dist
 def test_a_rank_that_does_not_come_is_named_and_memory_is_free(cpu_ranks):
     peer, phase, waited_s, last = cpu_ranks(2, fresh=True).run(come_alone)[0]
-    assert (peer, phase, last) == (1, "heap release", "abandon")
+    assert (peer, phase, last) == (1, "heap release", ["abandon", "close"])
     assert 1.0 <= waited_s < 5.0
 
 
@@ -159,7 +162,7 @@ def test_ranks_hear_each_other(cpu_ranks):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("mpi", None, 64, CPU), "provider 'mpi', supported torch|nvshmem"),
+        (("mpi", None, 64, CPU), "provider 'mpi', supported vmm|torch|nvshmem"),
         (("torch", None, 0, CPU), "nbytes 0"),
         (("torch", None, 64, CPU), "device cpu, must be a CUDA device"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 
 import pytest
 import torch
@@ -17,9 +18,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.dist]
 RANKS = 8
 MIB = 2**20
 BIG = 256 * MIB
-SLACK = {"torch": 32 * MIB, "nvshmem": 128 * MIB}  # bytes that may stay with a GPU's ranks after all memory is released
+SLACK = {
+    "vmm": 32 * MIB,
+    "torch": 32 * MIB,
+    "nvshmem": 128 * MIB,
+}  # bytes that may stay with a GPU's ranks after all memory is released
 needs_nvshmem = pytest.mark.skipif(importlib.util.find_spec("nvshmem") is None, reason="nvshmem4py is not installed")
-PROVIDERS = ["torch", pytest.param("nvshmem", marks=needs_nvshmem)]
+PROVIDERS = ["vmm", "torch", pytest.param("nvshmem", marks=needs_nvshmem)]
 
 
 def my_device() -> torch.device:
@@ -80,10 +85,10 @@ def test_ranks_read_and_write_each_other(gpu_ranks, provider):
     gpu_ranks(RANKS, fresh=provider == "nvshmem").run(two_heaps, provider)
 
 
-def heaps_of_several_groups(group, rank):
+def heaps_of_several_groups(group, rank, provider):
     halves = [dist.new_group([r for r in range(RANKS) if r % 2 == half]) for half in range(2)]
     mine = halves[rank % 2]
-    world, half = open_heap("torch", group, MIB, my_device()), open_heap("torch", mine, MIB, my_device())
+    world, half = open_heap(provider, group, MIB, my_device()), open_heap(provider, mine, MIB, my_device())
     assert (half.rank, half.ranks) == (rank // 2, RANKS // 2)
     assert read_all(mine, half, 100 * (rank % 2)) == [100 * (rank % 2) + r for r in range(RANKS // 2)]
     assert read_all(group, world, 1) == [1 + r for r in range(RANKS)]
@@ -91,8 +96,52 @@ def heaps_of_several_groups(group, rank):
     world.destroy()
 
 
-def test_heaps_of_several_groups_are_alive_at_once(gpu_ranks):
-    gpu_ranks(RANKS).run(heaps_of_several_groups)
+@pytest.mark.parametrize("provider", ["vmm", "torch"])
+def test_heaps_of_several_groups_are_alive_at_once(gpu_ranks, provider):
+    gpu_ranks(RANKS).run(heaps_of_several_groups, provider)
+
+
+def one_rank_has_made_more(group, rank):
+    alone = dist.new_group([0])
+    first = open_heap("vmm", alone, MIB, my_device()) if rank == 0 else None
+    heap = open_heap("vmm", group, MIB, my_device())
+    assert read_all(group, heap, 1) == [1 + r for r in range(RANKS)]
+    heap.destroy()
+    if first is not None:
+        first.destroy()
+
+
+def test_ranks_may_have_made_unequal_numbers_of_heaps(gpu_ranks):
+    gpu_ranks(RANKS).run(one_rank_has_made_more)
+
+
+def replay_after_release(group, rank):
+    """Milliseconds that release and acquire take."""
+    heap = open_heap("vmm", group, BIG, my_device())
+    bases, peer = heap.bases, views(heap)[(rank + 1) % RANKS]
+    found = torch.zeros(1, device="cuda", dtype=torch.uint8)
+    heap.local.fill_(rank)
+    everybody(group)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found.copy_(peer[512:513])
+    begin = time.perf_counter()
+    heap.release()
+    heap.acquire()
+    took = (time.perf_counter() - begin) * 1e3
+    assert heap.bases == bases
+    heap.local.fill_(100 + rank)
+    everybody(group)
+    graph.replay()
+    assert found.item() == 100 + (rank + 1) % RANKS
+    everybody(group)
+    heap.destroy()
+    return took
+
+
+def test_graphs_outlive_a_release(gpu_ranks):
+    took = gpu_ranks(RANKS).run(replay_after_release)
+    print(f"\n{RANKS} ranks, {BIG // MIB} MiB each: release and acquire in {max(took):.1f} ms")
 
 
 def free_bytes(group) -> int:
@@ -133,21 +182,22 @@ def test_released_memory_is_back_on_the_gpu(gpu_ranks, provider):
     gpu_ranks(RANKS, fresh=provider == "nvshmem").run(release_and_acquire, provider, timeout=240)
 
 
-def ask_for_too_much(group, rank):
+def ask_for_too_much(group, rank, provider):
     with pytest.raises(RuntimeError):
-        open_heap("torch", group, 2**42, my_device())
-    heap = open_heap("torch", group, MIB, my_device())
+        open_heap(provider, group, 2**42, my_device())
+    heap = open_heap(provider, group, MIB, my_device())
     assert read_all(group, heap, 5) == [5 + r for r in range(RANKS)]
     heap.destroy()
 
 
-def test_too_much_memory_fails_on_all_and_the_ranks_go_on(gpu_ranks):
-    gpu_ranks(RANKS).run(ask_for_too_much)
+@pytest.mark.parametrize("provider", ["vmm", "torch"])
+def test_too_much_memory_fails_on_all_and_the_ranks_go_on(gpu_ranks, provider):
+    gpu_ranks(RANKS).run(ask_for_too_much, provider)
 
 
-def open_kept(group, rank):
+def open_kept(group, rank, provider):
     global _kept
-    _kept = open_heap("torch", group, BIG, my_device(), timeout_s=5.0)
+    _kept = open_heap(provider, group, BIG, my_device(), timeout_s=5.0)
 
 
 def destroy_kept(group, rank):
@@ -156,9 +206,10 @@ def destroy_kept(group, rank):
     return caught.value.peer, torch.zeros(1, device="cuda").item()
 
 
-def test_survivors_of_a_killed_rank_free_their_memory(gpu_ranks):
+@pytest.mark.parametrize("provider", ["vmm", "torch"])
+def test_survivors_of_a_killed_rank_free_their_memory(gpu_ranks, provider):
     pool = gpu_ranks(3, fresh=True)
-    pool.run(open_kept)
+    pool.run(open_kept, provider)
     pool.kill(1)
     assert pool.run(destroy_kept) == [(1, 0.0), None, (1, 0.0)]
 
