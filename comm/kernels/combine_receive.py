@@ -79,12 +79,13 @@ class CombineReceive:
     def __init__(self):
         @cute.struct
         class Smem:
-            ring: cute.struct.Align[cute.struct.MemRange[Uint8, TEAMS * TEAM_RING_BYTES], 128]
-            full: cute.struct.MemRange[Int64, TEAMS * MAX_STAGES]
-            empty: cute.struct.MemRange[Int64, TEAMS * MAX_STAGES]
             flag: cute.struct.MemRange[Int32, 4]
             y: cute.struct.MemRange[Int64, MAX_RANKS]  # address of my first row at each rank
             weights: cute.struct.MemRange[Int64, MAX_RANKS]  # and of its weights
+            ring: cute.struct.Align[cute.struct.MemRange[Uint8, TEAMS * TEAM_RING_BYTES], 128]
+            # Last, because racecheck takes their initialisation by some threads for one by all.
+            full: cute.struct.MemRange[Int64, TEAMS * MAX_STAGES]
+            empty: cute.struct.MemRange[Int64, TEAMS * MAX_STAGES]
 
         self.Smem = Smem
 
