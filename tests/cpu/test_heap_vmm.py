@@ -183,7 +183,7 @@ def test_what_fails_on_one_rank_leaves_nothing_open(cpu_ranks, what):
 def hide(group, rank):
     with (
         mock.patch.object(driver, "bindings", return_value=SystemMemory()),
-        mock.patch.object(VmmMemory, "greeting", lambda self: "cutehop-nobody"),
+        mock.patch.object(VmmMemory, "greeting", return_value="cutehop-nobody"),
         pytest.raises(RuntimeError, match=r"rank [01] cannot be reached through Unix sockets .* one network namespace"),
     ):
         open_vmm(group)
