@@ -17,7 +17,7 @@ from .kernels import config as sizes
 from .kernels.config import BF16, BOTH, F32_SCALES, POW2_SCALES, RECEIVE, SEND, UE8M0_SCALES
 from .ll_base import LlDispatched, LlHandle, LowLatencyBuffer
 from .ll_config import LlLayout
-from .memory import DEFAULT_NUM_SMS, PeerMemory, address, aligned, cuda_device
+from .memory import PeerMemory, address, aligned, cuda_device
 from .outputs import allocator
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from .ll_config import LlConfig
 
+MOST_SMS = 64  # that a buffer takes unasked
 RECORDS_PER_CTA = 4  # to receive: fewer make the start of a grid dear, more its work long
 
 
@@ -45,10 +46,11 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         device: torch.device | None = None,
         provider: str = "vmm",
         name: str | None = None,
-        num_sms: int = DEFAULT_NUM_SMS,
+        num_sms: int | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
-        """Collective. device: None for the current one.
+        """Collective. device: None for the current one. num_sms: the most CTAs of a kernel; None for 64, or this rank's
+        share of the GPU if that is less. Few tokens take fewer.
 
         ValueError for num_sms below 1 or above the GPU's, or a timeout that is not positive. NotImplementedError for
         config.elastic: CTAs that see a deadline and late data in different order would not agree on who is masked.
@@ -56,7 +58,7 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         if config.elastic:
             raise NotImplementedError("LowLatencyBuffer: elastic is not supported on CUDA; a late rank ends the buffer")
         device = cuda_device(device)
-        super().__init__(group, config, device, name, num_sms)
+        super().__init__(group, config, device, name)
         self.layout = at = LlLayout(config)
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream().cuda_stream
@@ -66,7 +68,7 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
                 self._data_bytes[parts] = sizes.ll_dispatch_data_bytes(parts)  # of its shared memory, used or not
                 self._combine_kernels[parts] = kernels.ll_combine_kernel(parts, stream)
         self._memory = PeerMemory(group, device, provider, at.heap_bytes, at.host_bytes, at.error.offset, timeout_s)
-        self._memory.check_sms(num_sms)
+        self.num_sms = self._memory.check_sms(min(MOST_SMS, self._memory.max_sms) if num_sms is None else num_sms)
         # The last parameters of the kernels: the same in all calls.
         data, elastic, local = (config.slot_bytes, at.data.offset), int(config.elastic), config.experts_per_rank
         records = (at.counts.item_bytes, config.head_bytes, config.record_bytes, *data)

@@ -191,35 +191,47 @@ class DispatchSender:
         own = Int32(-1)  # lane j: my choice j
         if lane < a.topk:
             own = self.get_id(a, sm, token * a.topk + lane)
+        goes, before, first = self.ranks_of(a, sm, token), Int32(0), Int32(0)
+        if token > 0:
+            before, first = self.count_earlier(a, sm, token, own, lane)
+        for j in cutlass.range(a.topk, unroll=1):  # an expert twice in one token
+            other = cute.arch.shuffle_sync(own, j)
+            if (lane > j) & (own == other):
+                before += 1
+        if lane < MAX_RANKS:
+            index[lane] = first if (goes >> lane) & 1 != 0 else Int32(-1)
+        if lane < a.topk:
+            head[2 + 2 * lane], head[3 + 2 * lane] = own, before
+        if lane == 0:
+            head[0], head[1] = token, Int32(0)
+
+    @cute.jit
+    def count_earlier(self, a: LlDispatchSendArgs, sm, token: Int32, own: Int32, lane: Int32):
+        """By one warp, of the tokens before this one: choices of the expert that lane j chooses, and tokens that go to
+        the rank r of lane r."""
         mine = [cute.arch.shuffle_sync(own, j) for j in range(MAX_TOPK)]
-        equal = cute.make_rmem_tensor(MAX_TOPK, Int32)  # earlier choices of the same expert
+        equal = cute.make_rmem_tensor(MAX_TOPK, Int32)
         equal.fill(0)
         for i in cutlass.range(lane, token * a.topk, 32, unroll=2):
             other = self.get_id(a, sm, i)
             for j in cutlass.range_constexpr(MAX_TOPK):
                 equal[j] = equal[j] + Int32(other == mine[j])
-        earlier = cute.make_rmem_tensor(MAX_RANKS, Int32)  # earlier tokens that go to the rank
+        earlier = cute.make_rmem_tensor(MAX_RANKS, Int32)
         earlier.fill(0)
         for t in cutlass.range(lane, token, 32, unroll=1):
             ranks = self.ranks_of(a, sm, t)
             for r in cutlass.range_constexpr(MAX_RANKS):
                 earlier[r] = earlier[r] + ((ranks >> r) & 1)
-        goes = self.ranks_of(a, sm, token)
-        for r in cutlass.range_constexpr(MAX_RANKS):
-            total = cute.arch.warp_redux_sync(earlier[r], "add")
-            if lane == r:
-                index[r] = total if (goes >> r) & 1 != 0 else Int32(-1)
-        before = Int32(0)
+        choices, tokens = Int32(0), Int32(0)
         for j in cutlass.range_constexpr(MAX_TOPK):
             total = cute.arch.warp_redux_sync(equal[j], "add")
             if lane == j:
-                before += total
-            if (lane > j) & (own == mine[j]):  # an expert twice in one token
-                before += 1
-        if lane < a.topk:
-            head[2 + 2 * lane], head[3 + 2 * lane] = own, before
-        if lane == 0:
-            head[0], head[1] = token, Int32(0)
+                choices = total
+        for r in cutlass.range_constexpr(MAX_RANKS):
+            total = cute.arch.warp_redux_sync(earlier[r], "add")
+            if lane == r:
+                tokens = total
+        return choices, tokens
 
     @cute.jit
     def ranks_of(self, a: LlDispatchSendArgs, sm, token: Int32):

@@ -53,7 +53,7 @@ class LlWork:
             got = buffer.dispatch(i.x, i.topk_idx, out=self.out)
             return (buffer.combine(self.y, got.handle, i.topk_idx, i.topk_weights, out=combined),)
 
-        sms, moved = self.setting.sms[0], self._moved(i)
+        sms, moved = buffer.num_sms, self._moved(i)
         return [
             Job(f"ll-dispatch-t{tokens}", sms, "graph", dispatch, self._arrives(given), calls=GRAPH_CALLS),
             Job(f"ll-pair-t{tokens}", sms, "graph", pair, {"tokens": self._sums(i)}, calls=GRAPH_CALLS, moved=moved),

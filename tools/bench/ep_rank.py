@@ -114,7 +114,7 @@ class Bench:
         if self.device.type == "cuda":
             from cutehop.comm.ll_buffer import CudaLowLatencyBuffer
 
-            return CudaLowLatencyBuffer(group, config, num_sms=self.setting.sms[0], timeout_s=TIMEOUT_S)
+            return CudaLowLatencyBuffer(group, config, timeout_s=TIMEOUT_S)
         from cutehop.comm.ll_gloo import GlooLowLatencyBuffer
 
         return GlooLowLatencyBuffer(group, config, timeout_s=TIMEOUT_S)
