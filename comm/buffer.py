@@ -36,6 +36,7 @@ class CudaBuffer(Buffer):
 
     provider: "vmm" | "torch" | "nvshmem", where the symmetric memory comes from (comm/heap.py).
     timeout_s: seconds after which a kernel that waits for a peer gives up.
+    num_sms bounds the CTAs that wait for peers. Rows from elsewhere may be copied by max_num_sms, which do not wait.
     """
 
     def __init__(
@@ -129,8 +130,8 @@ class CudaBuffer(Buffer):
             num_worst_tokens,
         )  # fmt: skip
         self._launch_send(
-            ctas, stream, 1, x, is_token_in_rank.data_ptr(), num_tokens_per_expert.data_ptr(), in_place, scales,
-            _topk_args(topk_idx, topk_weights), made_lists,
+            ctas if in_place else self._copiers(x, ctas, combine=False), stream, 1, x, is_token_in_rank.data_ptr(),
+            num_tokens_per_expert.data_ptr(), in_place, scales, _topk_args(topk_idx, topk_weights), made_lists,
         )  # fmt: skip
         num_rows, choices = num_worst_tokens, []
         try:
@@ -151,12 +152,22 @@ class CudaBuffer(Buffer):
     ) -> tuple[Tensor, Tensor | None]:
         stream, ctas, x = self._memory.stream(self.name), self._memory.check_sms(num_sms), aligned(x)
         recv_x, recv_scales = outputs.cached(x, scales, handle.recv_src_idx)
-        senders = 1 if in_place and scales is None else ctas  # with nothing to copy one is enough
+        senders = _in_place_ctas(ctas, scales) if in_place else self._copiers(x, ctas, combine=False)
         self._launch_send(senders, stream, 0, x, 0, 0, in_place, scales, _NO_TOPK, _NO_LISTS)
         self._launch_receive(
             ctas, stream, 0, handle.rank_prefix_matrix, handle.recv_src_idx, recv_x, recv_scales, _NO_TOPK
         )
         return recv_x, recv_scales
+
+    def _copiers(self, rows: Tensor, ctas: int, *, combine: bool) -> int:
+        """CTAs that send rows from elsewhere, which they copy: for many bytes all that may run, not only the call's,
+        since a copy ends by itself. For peers that still read the memory one CTA waits before. Half of all SMs are as
+        fast as memory, so a call with more gains nothing.
+        """
+        if rows.nbytes <= ctas * sizes.COPY_BYTES or 2 * ctas > self.max_num_sms:
+            return ctas
+        self._await_readers(combine)
+        return self.max_num_sms
 
     def _launch_send(
         self,
@@ -253,8 +264,9 @@ class CudaBuffer(Buffer):
         topk = 0 if topk_weights is None else topk_weights.shape[1]
         combined_x, combined_weights = outputs.combined(y, topk_weights, handle.is_token_in_rank)
         biases = [aligned(bias) for bias in (bias_0, bias_1) if bias is not None]
+        senders = _in_place_ctas(ctas, topk_weights) if in_place else self._copiers(y, ctas, combine=True)
         self._combine_send.launch(
-            (1 if in_place and topk_weights is None else ctas, 1, 1),
+            (senders, 1, 1),
             stream,
             *self._memory.group_args,
             matrix,
@@ -291,6 +303,11 @@ class CudaBuffer(Buffer):
 
     def _destroy(self) -> None:
         self._memory.destroy()
+
+
+def _in_place_ctas(ctas: int, aside: Tensor | None) -> int:
+    """CTAs that send rows which lie in the memory already: with nothing to copy one is enough."""
+    return 1 if aside is None else ctas
 
 
 def _topk_args(topk_idx: Tensor | None, topk_weights: Tensor | None) -> tuple[int, ...]:

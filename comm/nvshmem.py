@@ -105,7 +105,7 @@ class NvshmemMemory:
         check(
             (pe, pes) == (self.rank, len(self.group_ranks)),
             f"heap: NVSHMEM says PE {pe} of {pes}, this is rank {self.rank} of {len(self.group_ranks)}: something else "
-            "in this process started NVSHMEM; finalize it first, or use provider 'torch'",
+            "in this process started NVSHMEM; finalize it first, or use provider 'vmm'",
             NotImplementedError,
         )
         _world = _World(self.group_ranks, self.device)
@@ -117,14 +117,14 @@ class NvshmemMemory:
         check(
             not _world.broken,
             "heap: in the NVSHMEM world of this process a rank failed or went missing, after which NVSHMEM cannot go "
-            "on; start the processes again, or use provider 'torch'",
+            "on; start the processes again, or use provider 'vmm'",
             NotImplementedError,
         )
         check(
             (_world.ranks, _world.device) == (self.group_ranks, self.device),
             f"heap: this process is in an NVSHMEM world of ranks {_world.ranks} on {_world.device}, asked for ranks "
             f"{self.group_ranks} on {self.device}, and NVSHMEM has one world per process; destroy or release the heaps "
-            "of the other one first, or use provider 'torch'",
+            "of the other one first, or use provider 'vmm'",
             NotImplementedError,
         )
 
@@ -142,5 +142,5 @@ def _library() -> tuple[Any, Any]:
         extra = "cu12" if (torch.version.cuda or "12").startswith("12") else "cu13"
         raise ImportError(
             f"heap: provider 'nvshmem' needs nvshmem4py, which did not import ({error}); "
-            f"pip install 'cutehop[{extra}]', or use provider 'torch'"
+            f"pip install 'cutehop[{extra}]', or use provider 'vmm'"
         ) from error

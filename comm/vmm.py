@@ -56,9 +56,8 @@ class VmmMemory:
             torch.cuda.empty_cache()  # torch keeps what its tensors no longer need
             result = cuda.cuMemCreate(self._size, properties, 0)
         self._handle = driver.check(what, result)
-        if not self._places:
-            places = [driver.check(what, cuda.cuMemAddressReserve(self._size, 0, 0, 0)) for _ in range(self.ranks)]
-            self._places = tuple(map(int, places))
+        while len(self._places) < self.ranks:
+            self._places += (int(driver.check(what, cuda.cuMemAddressReserve(self._size, 0, 0, 0))),)
         self._map(cuda, self.rank, self._handle)
         self._send(cuda, greetings)
         return tensor_at(self._places[self.rank], nbytes, self.device)
@@ -72,7 +71,11 @@ class VmmMemory:
             for rank in range(self.ranks):
                 if rank == self.rank:
                     continue
-                check(rank in received, f"heap: rank {rank}'s memory has not come; report this", RuntimeError)
+                check(
+                    rank in received,
+                    f"heap: rank {rank}'s memory has not come; raise `ulimit -n` if this process has many files open",
+                    RuntimeError,
+                )
                 what = f"heap: mapping rank {rank}'s memory into {self.device}"
                 kind = cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
                 handle = driver.check(what, cuda.cuMemImportFromShareableHandle(received[rank], kind))
@@ -137,7 +140,7 @@ class VmmMemory:
             os.close(fd)
 
     def _received(self) -> dict[int, int]:
-        """Descriptors that have come, by rank."""
+        """Descriptors that have come, by rank. One for which this process has no room is lost."""
         received: dict[int, int] = {}
         self._socket.settimeout(0.0)
         while True:
@@ -145,7 +148,7 @@ class VmmMemory:
                 words, fds, _, _ = socket.recv_fds(self._socket, 1, 1)
             except BlockingIOError:
                 return received
-            received[words[0]] = fds[0]
+            received.update(zip(words, fds))
 
     def _release_handle(self, cuda: Any) -> None:
         if self._handle is not None:

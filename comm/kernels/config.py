@@ -13,6 +13,7 @@ LAYOUT_COUNTERS = MAX_EXPERTS + MAX_RANKS
 LAYOUT_RANKS = 32  # bits of the word in which a thread notes its token's ranks
 
 SEND_THREADS = 1024
+COPY_BYTES = 262144  # a sending CTA copies these in 5 us; for more it is worth the 3 us of a launch to have more CTAs
 
 MOVERS = 4  # warps of a receive CTA that copy rows through shared memory
 SIDE_WARPS = 4  # warps that copy scales, expert ids and weights

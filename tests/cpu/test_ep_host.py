@@ -22,6 +22,7 @@ from cutehop.comm.buffer import CudaBuffer
 from cutehop.comm.config import EpConfig
 from cutehop.comm.gloo import GlooBuffer
 from cutehop.comm.kernels import combine_receive, combine_send, receive, send, verbs
+from cutehop.comm.kernels import config as sizes
 from cutehop.comm.ll_buffer import CudaLowLatencyBuffer
 from cutehop.comm.ll_config import LlConfig
 from cutehop.ops import _ep_cuda
@@ -168,6 +169,31 @@ def test_rows_in_place_are_not_copied(buffer, launches):
     buffer.dispatch(buffer.dispatch_input(16), *others, num_worst_tokens=WORST)
     sent = [call for call in launches if call.kernel == "send_kernel"]
     assert [(call.of.x, call.grid[0]) for call in sent] == [(0, 1), (0, 16)]
+
+
+def test_many_rows_from_elsewhere_are_copied_by_all_sms(buffer, launches, monkeypatch):
+    """One CTA waits for their readers before; whatever else waits has the call's number."""
+    x, *others = arguments()
+    got = buffer.dispatch(x, *others, num_worst_tokens=WORST)
+    y = torch.zeros(WORST, 256).bfloat16()
+    calls = [
+        (lambda x, sms: buffer.dispatch(x, *others, num_worst_tokens=WORST, num_sms=sms), x, buffer.dispatch_input),
+        (lambda x, sms: buffer.dispatch_cached(x, None, got.handle, num_sms=sms), x, buffer.dispatch_input),
+        (lambda y, sms: buffer.combine(y, got.handle, num_sms=sms), y, lambda n: buffer.combine_input(got.handle)),
+    ]
+    monkeypatch.setattr(sizes, "COPY_BYTES", 512)
+    for call, rows, view in calls:
+        ack = buffer.layout.combine_ack if rows is y else buffer.layout.dispatch_ack
+        for sms, grids in ((3, [1, 132, 3]), (67, [67, 67]), (48, [48, 48])):
+            launches.clear()
+            call(rows, sms)
+            assert [launch.grid[0] for launch in launches] == grids
+            waits = [launch for launch in launches if launch.kernel == "wait_kernel"]
+            assert [launch.values[-3] for launch in waits] == [ack.offset] * (sms == 3)
+        written = view(len(rows))
+        launches.clear()
+        call(written, 3)
+        assert max(launch.grid[0] for launch in launches) == 3
 
 
 def test_rows_at_an_odd_address_are_copied_first(buffer, launches):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import socket
 from types import SimpleNamespace
 from unittest import mock
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from cutehop.comm.errors import EpTimeoutError
 from cutehop.comm.heap import SymmetricHeap, tensor_at
 from cutehop.comm.meeting import Meeting
 from cutehop.comm.vmm import VmmMemory
@@ -100,8 +102,8 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def open_vmm(group):
-    return SymmetricHeap("vmm", group, NBYTES, CPU, VmmMemory(group, CPU), 20.0)
+def open_vmm(group, timeout_s=20.0):
+    return SymmetricHeap("vmm", group, NBYTES, CPU, VmmMemory(group, CPU), timeout_s)
 
 
 def read_all(meeting, heap, salt):
@@ -178,6 +180,54 @@ def fail_once(group, rank, what):
 @pytest.mark.parametrize("what", ["create", "import"])
 def test_what_fails_on_one_rank_leaves_nothing_open(cpu_ranks, what):
     assert cpu_ranks(3).run(fail_once, what) == [True] * 3
+
+
+class Gone(BaseException):
+    """A rank goes away without telling the others."""
+
+
+def leave_in_the_middle(group, rank, step):
+    system, before = SystemMemory(), descriptors()
+    with mock.patch.object(driver, "bindings", return_value=system):
+        if rank == 1:
+            with mock.patch.object(VmmMemory, step, side_effect=Gone), pytest.raises(Gone):
+                open_vmm(group, timeout_s=1.0)
+        else:
+            with pytest.raises(EpTimeoutError) as caught:
+                open_vmm(group, timeout_s=1.0)
+            phase = "heap allocate" if step == "allocate" else "heap map"
+            assert (caught.value.peer, caught.value.phase) == (1, phase)
+        assert not system.open
+        assert descriptors() == before
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("step", ["allocate", "addresses"])
+def test_a_rank_that_leaves_in_the_middle_is_named_and_nothing_stays_open(cpu_ranks, step):
+    cpu_ranks(3, fresh=True).run(leave_in_the_middle, step)
+
+
+def have_no_room_for_descriptors(group, rank):
+    def lose(sock, size, most):
+        words, fds, flags, sender = receive(sock, size, most)
+        for fd in fds:
+            os.close(fd)
+        return words, [], flags, sender
+
+    receive, system, before = socket.recv_fds, SystemMemory(), descriptors()
+    with (
+        mock.patch.object(driver, "bindings", return_value=system),
+        mock.patch.object(socket, "recv_fds", lose if rank == 1 else receive),
+        pytest.raises(RuntimeError, match="rank 0's memory has not come; raise `ulimit -n`"),
+    ):
+        open_vmm(group)
+    assert not system.open
+    assert descriptors() == before
+
+
+@pytest.mark.dist
+def test_a_process_with_too_many_files_open_says_so(cpu_ranks):
+    cpu_ranks(3).run(have_no_room_for_descriptors)
 
 
 def hide(group, rank):

@@ -58,31 +58,37 @@ def two_heaps(group, rank, provider):
     # The heap itself sees to it that torch accepts a shared device, and to nothing being multicast.
     for name in ("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "TORCH_SYMM_MEM_DISABLE_MULTICAST"):
         os.environ.pop(name, None)
+    ranks = group.size()
     first, second = (open_heap(provider, group, nbytes, my_device()) for nbytes in (MIB, 3 * MIB + 1024))
-    assert (first.provider, first.rank, first.ranks, first.nbytes) == (provider, rank, RANKS, MIB)
-    assert [view.any().item() for heap in (first, second) for view in views(heap)] == [False] * (2 * RANKS)
+    assert (first.provider, first.rank, first.ranks, first.nbytes) == (provider, rank, ranks, MIB)
+    assert [view.any().item() for heap in (first, second) for view in views(heap)] == [False] * (2 * ranks)
     assert not any(base % 1024 for heap in (first, second) for base in heap.bases)
     assert first.local.data_ptr() == first.bases[rank]
-    assert len({*first.bases, *second.bases}) == 2 * RANKS
+    assert len({*first.bases, *second.bases}) == 2 * ranks
     everybody(group)
     first.local.fill_(99)
-    assert read_all(group, second, 50) == [50 + r for r in range(RANKS)]
+    assert read_all(group, second, 50) == [50 + r for r in range(ranks)]
     assert first.local.eq(99).all().item()
-    assert read_all(group, first, 10) == [10 + r for r in range(RANKS)]
+    assert read_all(group, first, 10) == [10 + r for r in range(ranks)]
     # A store into the next rank's memory arrives there.
-    views(first)[(rank + 1) % RANKS][512] = 200 + rank
+    views(first)[(rank + 1) % ranks][512] = 200 + rank
     everybody(group)
-    assert first.local[512].item() == 200 + (rank - 1) % RANKS
+    assert first.local[512].item() == 200 + (rank - 1) % ranks
     if provider == "torch":
         assert first._memory._handle.multicast_ptr == 0
     second.destroy()
-    assert read_all(group, first, 30) == [30 + r for r in range(RANKS)]
+    assert read_all(group, first, 30) == [30 + r for r in range(ranks)]
     first.destroy()
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_ranks_read_and_write_each_other(gpu_ranks, provider):
     gpu_ranks(RANKS, fresh=provider == "nvshmem").run(two_heaps, provider)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_fewer_ranks_read_and_write_each_other(gpu_ranks, ranks):
+    gpu_ranks(ranks).run(two_heaps, "vmm")
 
 
 def heaps_of_several_groups(group, rank, provider):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -79,7 +79,9 @@ class Work:
         rows = [self._layout()]
         for sms in self.setting.sms:
             rows += [*self._cached(sms), *self._full(sms), *self._combine(sms)]
-        return [*rows, self._host(self.setting.sms[0])]
+        combine = next(job for job in rows if job.name == "combine-foreign")
+        host_combine = replace(combine, name="host-combine", how="host", calls=20, moved=None)
+        return [*rows, self._host(self.setting.sms[0]), host_combine]
 
     def full(self, x: Tensor, scales: Tensor | None, worst: int, sms: int | None = None) -> Dispatched:
         """A dispatch of x with this rank's choices."""

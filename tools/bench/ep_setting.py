@@ -126,7 +126,7 @@ class Moved:
 
     logical: rows received times the bytes of a row, which DeepEP's GB/s are about.
     memory: read and written at least, in the memory of whichever GPU.
-    written: of those, what this rank's SMs write.
+    written: of those, what the call's SMs write. A copy of a foreign input is not in it, for which a call takes more.
     remote: what comes from other ranks.
     Flags, counts and lists are in none of them.
     """
@@ -140,7 +140,7 @@ class Moved:
 def dispatch_moves(setting: Setting, received: int, remote: int, row: int, foreign: bool = False) -> Moved:
     """Every received row is read at its source and written once; a foreign input is copied before."""
     copied = setting.tokens * row if foreign else 0
-    return Moved(received * row, 2 * (received * row + copied), received * row + copied, remote * row)
+    return Moved(received * row, 2 * (received * row + copied), received * row, remote * row)
 
 
 def combine_moves(setting: Setting, received: int, pulled: int, remote: int, row: int, foreign: bool = False) -> Moved:
@@ -149,4 +149,4 @@ def combine_moves(setting: Setting, received: int, pulled: int, remote: int, row
     received: rows at this rank.  pulled, remote: rows of this rank's tokens on any, on other ranks.
     """
     out, copied = setting.tokens * row, received * row if foreign else 0
-    return Moved(received * row, pulled * row + out + 2 * copied, out + copied, remote * row)
+    return Moved(received * row, pulled * row + out + 2 * copied, out, remote * row)
