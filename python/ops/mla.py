@@ -42,6 +42,7 @@ from __future__ import annotations
 from torch import Tensor, float32
 from torch._subclasses.fake_tensor import FakeTensor
 
+from cutehop.comm.outputs import allocator
 from cutehop.ops._define import define
 from cutehop.ops._mla_checks import check_address, check_decode, check_plan, output_shapes
 from cutehop.ref import mla as ref
@@ -78,7 +79,16 @@ def _allocate_decode(
             attn_sink, cu_seqlens_q, max_seqlen_q, split_tokens, empty_lse_neg_inf,
         )  # fmt: skip
     out_shape, lse_shape = output_shapes(q, ragged=cu_seqlens_q is not None)
-    return q.new_empty(out_shape), q.new_empty(lse_shape, dtype=float32)
+    allocate = allocator(q)
+    return allocate(out_shape, _strides(out_shape), q.dtype), allocate(lse_shape, _strides(lse_shape), float32)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor of 2 to 4 dimensions."""
+    *_, h, w = shape
+    if len(shape) == 2:
+        return w, 1
+    return (h * w, w, 1) if len(shape) == 3 else (shape[1] * h * w, h * w, w, 1)
 
 
 def _decode_cpu(
