@@ -40,6 +40,7 @@ class _World:
 
 
 _world: _World | None = None
+_ours: list[str] = []  # variables of the environment that this module has set
 
 
 class NvshmemMemory:
@@ -142,8 +143,13 @@ class NvshmemMemory:
             _world.libraries.append(library)
 
     def _set_defaults(self) -> None:
+        """Those of this world instead of the last one's; what the user set stays."""
+        while _ours:
+            os.environ.pop(_ours.pop(), None)
         for name, value in (ENVIRONMENT if self.one_node else SEVERAL_NODES).items():
-            os.environ.setdefault(name, value)
+            if name not in os.environ:
+                os.environ[name] = value
+                _ours.append(name)
 
     def _check_world(self) -> None:
         if _world is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 from pathlib import Path
@@ -35,9 +36,10 @@ def version() -> str:
 def bitcode() -> Path:
     """Device code that the compiler links in. RuntimeError if the wheel is not installed or lacks it."""
     which = version()
-    spec = importlib.util.find_spec("nvidia.nvshmem")
-    folders = spec.submodule_search_locations if spec is not None else None
-    for folder in folders or ():
+    spec = None
+    with contextlib.suppress(ModuleNotFoundError):  # no nvidia either
+        spec = importlib.util.find_spec("nvidia.nvshmem")
+    for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder) / "lib" / BITCODE
         if path.is_file():
             return path
