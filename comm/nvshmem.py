@@ -135,11 +135,12 @@ class NvshmemMemory:
         assert _world is not None, "allocate comes first"
         if library not in _world.libraries:
             status = self.api.culibrary_init(library)
-            check(
-                not status,
-                f"nvshmemx_culibrary_init: status {status}; build the kernels with the NVSHMEM version that runs here",
-                RuntimeError,
-            )
+            if status:
+                raise RuntimeError(
+                    f"nvshmemx_culibrary_init: status {status}, the NVSHMEM library of this process is "
+                    f"{self.core.get_version().libnvshmem_version}; it must be of the version that the kernels were "
+                    "built with. torch may have loaded its own before: `python -m cutehop.doctor`"
+                )
             _world.libraries.append(library)
 
     def _set_defaults(self) -> None:
