@@ -2,7 +2,7 @@
 
 Three providers. `vmm`, the default: the CUDA driver's memory, one node, any number of groups and heaps, addresses that
 stay while memory is released. `torch`: torch's symmetric memory, one node. `nvshmem`: NVSHMEM's heap, one world per
-process. All work where ranks share a GPU, without a NIC and without NVLink multicast.
+process, of several nodes if asked. All work where ranks share a GPU, without a NIC and without NVLink multicast.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch.distributed import ProcessGroup
@@ -20,6 +20,9 @@ from cutehop.cute_kernels.errors import check
 
 from .layout import ROW_ALIGN
 from .meeting import Meeting
+
+if TYPE_CHECKING:
+    from .nvshmem import NvshmemMemory
 
 PROVIDERS = ("vmm", "torch", "nvshmem")
 
@@ -53,14 +56,21 @@ class Memory(Protocol):
 
 
 def open_heap(
-    provider: str, group: ProcessGroup, nbytes: int, device: torch.device, timeout_s: float = 60.0
+    provider: str,
+    group: ProcessGroup,
+    nbytes: int,
+    device: torch.device,
+    timeout_s: float = 60.0,
+    one_node: bool = True,
 ) -> SymmetricHeap:
     """Symmetric memory of `nbytes` zeroed bytes per rank; collective over `group`.
 
     provider: "vmm" | "torch" | "nvshmem".
-    group: its ranks are on one node; any backend. It must outlive the heap.
+    group: any backend. It must outlive the heap.
     device: a CUDA device; ranks may share one.
     timeout_s: longest wait for another rank, here and in the heap's collective methods.
+    one_node: the group's ranks are on one, or ValueError. If False, which "nvshmem" alone takes, bases of peers whose
+        memory is not mapped here are 0.
 
     Raises ValueError for arguments (also if ranks differ in them), NotImplementedError for what a provider cannot do,
     RuntimeError on every rank if one of them could not allocate or map, EpTimeoutError if one did not come.
@@ -71,6 +81,11 @@ def open_heap(
     )
     check(nbytes > 0, f"heap: nbytes {nbytes}, must be positive; pass EpLayout.heap_bytes")
     check(device.type == "cuda", f"heap: device {device}, must be a CUDA device; without a GPU use the gloo buffer")
+    check(
+        one_node or provider == "nvshmem",
+        f"heap: provider {provider!r}, ranks on several nodes need nvshmem; use it, or one node",
+        NotImplementedError,
+    )
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     memory: Memory
@@ -83,8 +98,8 @@ def open_heap(
     else:
         from .nvshmem import NvshmemMemory  # only here, so that one node needs no NVSHMEM
 
-        memory = NvshmemMemory(group, device)
-    return SymmetricHeap(provider, group, nbytes, device, memory, timeout_s)
+        memory = NvshmemMemory(group, device, one_node)
+    return SymmetricHeap(provider, group, nbytes, device, memory, timeout_s, one_node)
 
 
 class SymmetricHeap:
@@ -105,8 +120,10 @@ class SymmetricHeap:
         device: torch.device,
         memory: Memory,
         timeout_s: float,
+        one_node: bool = True,
     ) -> None:
         self.provider = provider
+        self.one_node = one_node
         self.rank = group.rank()
         self.ranks = group.size()
         self.nbytes = nbytes
@@ -128,6 +145,13 @@ class SymmetricHeap:
         if self._local is None:
             raise RuntimeError("heap: its memory is released; call acquire on all ranks")
         return self._local
+
+    def nvshmem(self) -> NvshmemMemory:
+        """What NVSHMEM does for the kernels. Only with provider "nvshmem", and while there is memory."""
+        from .nvshmem import NvshmemMemory
+
+        assert isinstance(self._memory, NvshmemMemory), self.provider
+        return self._memory
 
     def acquire(self) -> None:
         """Gets the memory (back), zeroed, with `vmm` where it was. Collective; does nothing if it is there.
@@ -188,7 +212,7 @@ class SymmetricHeap:
 
     def _agree(self) -> list[str]:
         """Ranks compare what must be equal and hear each other's greetings."""
-        asked = f"{self.provider} {self.nbytes} bytes on {socket.gethostname()}"
+        asked = f"{self.provider} {self.nbytes} bytes on {socket.gethostname() if self.one_node else 'any node'}"
         said = [words.partition("|") for words in self._meeting.meet("heap open", f"{asked}|{self._memory.greeting()}")]
         for rank, (theirs, _, _) in enumerate(said):
             check(
@@ -217,7 +241,7 @@ class SymmetricHeap:
     def _check_bases(self) -> None:
         for rank, base in enumerate(self.bases):
             check(
-                base and base % ROW_ALIGN == 0,
+                base % ROW_ALIGN == 0 and (base or not self.one_node),
                 f"heap: rank {rank}'s memory is mapped at {base:#x}, must be a multiple of {ROW_ALIGN} and not 0 "
                 "(0 means no peer access); see `nvidia-smi topo -p2p r`",
                 RuntimeError,

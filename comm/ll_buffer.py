@@ -1,15 +1,18 @@
-"""CudaLowLatencyBuffer: dispatch and combine for few tokens, pushed to the GPUs of one node, or of processes that share
-one.
+"""CudaLowLatencyBuffer: dispatch and combine for few tokens, pushed to the GPUs of one node, of processes that share
+one, or through NVSHMEM to those of other nodes.
 
 It owns the symmetric memory and launches the kernels comm/kernels/ll_*. README.md tells the protocol.
 """
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from cutehop.cute_kernels.errors import check
 
 from . import kernels
 from .base import DEFAULT_TIMEOUT_S
@@ -17,10 +20,13 @@ from .kernels import config as sizes
 from .kernels.config import BF16, BOTH, F32_SCALES, POW2_SCALES, RECEIVE, SEND, UE8M0_SCALES
 from .ll_base import LlDispatched, LlHandle, LowLatencyBuffer
 from .ll_config import LlLayout
+from .meeting import Meeting
 from .memory import PeerMemory, address, aligned, cuda_device
 from .outputs import allocator
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch.distributed import ProcessGroup
 
     from cutehop.cute_kernels.jit import Kernel
@@ -28,13 +34,17 @@ if TYPE_CHECKING:
     from .ll_config import LlConfig
 
 MOST_SMS = 64  # that a buffer takes unasked
+TRANSPORTS = ("auto", "p2p", "nvshmem")
 RECORDS_PER_CTA = 4  # to receive: fewer make the start of a grid dear, more its work long
 
 
 class CudaLowLatencyBuffer(LowLatencyBuffer):
     """Low-latency buffer of one rank on a GPU. One stream at a time uses a buffer, hooks included.
 
-    provider: "vmm" | "torch" | "nvshmem", where the symmetric memory comes from (comm/heap.py).
+    transport: "p2p": stores to peers' memory, which is mapped. "nvshmem": NVSHMEM's puts to all peers. "auto": p2p on
+        one node; on several NVSHMEM for the peers whose memory is not mapped. NVSHMEM needs its library, and an outbox
+        of LlConfig.outbox_bytes for each of 4 slots.
+    provider: "vmm" | "torch" | "nvshmem", where the symmetric memory comes from (comm/heap.py) if all peers are mapped.
     timeout_s: seconds after which a kernel that waits for a peer gives up.
     """
 
@@ -44,6 +54,7 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         config: LlConfig,
         *,
         device: torch.device | None = None,
+        transport: str = "auto",
         provider: str = "vmm",
         name: str | None = None,
         num_sms: int | None = None,
@@ -52,24 +63,55 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         """Collective. device: None for the current one. num_sms: the most CTAs of a kernel; None for 64, or this rank's
         share of the GPU if that is less. Few tokens take fewer.
 
-        ValueError for num_sms below 1 or above the GPU's, or a timeout that is not positive. NotImplementedError for
+        ValueError for num_sms below 1 or above the GPU's, a timeout that is not positive, or an unknown transport.
+        RuntimeError if NVSHMEM is needed and not installed. NotImplementedError for
         config.elastic: CTAs that see a deadline and late data in different order would not agree on who is masked.
         """
         if config.elastic:
             raise NotImplementedError("LowLatencyBuffer: elastic is not supported on CUDA; a late rank ends the buffer")
         device = cuda_device(device)
         super().__init__(group, config, device, name)
-        self.layout = at = LlLayout(config)
-        with torch.cuda.device(device):
+        check(timeout_s > 0, f"LowLatencyBuffer: timeout_s {timeout_s}, must be positive; give peers time to arrive")
+        self.transport, one_node = _agreed(group, transport, timeout_s)
+        remote = self.transport != "p2p"
+        self.layout = at = LlLayout(config, remote)
+        # Shared memory of a kernel for what it moves, used or not.
+        self._data_bytes = {parts: sizes.ll_dispatch_data_bytes(parts) for parts in sizes.PARTS}
+        if remote:
+            provider = "nvshmem"
+            kernels.make_remote()
+        else:
+            self._load(sizes.PARTS)
+        self._memory = PeerMemory(
+            group, device, provider, at.heap_bytes, at.host_bytes, at.error.offset, timeout_s, self.transport, one_node
+        )
+        self._group_args: tuple[int, ...] = self._memory.group_args
+        if remote:
+            self._load(kernels.remote_parts())
+            self._join_nvshmem()
+        self._remember(num_sms)
+        self._opened()
+
+    def _load(self, variants: Sequence[sizes.Parts]) -> None:
+        """The kernels, by what they do. Those that call NVSHMEM come after its memory, where its world begins."""
+        self._dispatch_kernels, self._combine_kernels = {}, {}
+        with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream().cuda_stream
-            self._dispatch_kernels, self._combine_kernels, self._data_bytes = {}, {}, {}
-            for parts in sizes.PARTS:
-                self._dispatch_kernels[parts] = kernels.ll_dispatch_kernel(parts, stream)
-                self._data_bytes[parts] = sizes.ll_dispatch_data_bytes(parts)  # of its shared memory, used or not
-                self._combine_kernels[parts] = kernels.ll_combine_kernel(parts, stream)
-        self._memory = PeerMemory(group, device, provider, at.heap_bytes, at.host_bytes, at.error.offset, timeout_s)
+            for parts, variant in zip(sizes.PARTS, variants):
+                self._dispatch_kernels[parts] = kernels.ll_dispatch_kernel(variant, stream)
+                self._combine_kernels[parts] = kernels.ll_combine_kernel(variant, stream)
+
+    def _join_nvshmem(self) -> None:
+        queue = self._memory.admit((*self._dispatch_kernels.values(), *self._combine_kernels.values()))
+        self._queue = torch.tensor([queue], dtype=torch.int32, device=self.device)
+        outbox = self._memory.local.data_ptr() + self.layout.outbox.offset
+        self._group_args += (outbox, self.config.outbox_bytes, self._queue.data_ptr())
+
+    def _remember(self, num_sms: int | None) -> None:
+        """What is the same in all calls."""
+        config, at = self.config, self.layout
         self.num_sms = self._memory.check_sms(min(MOST_SMS, self._memory.max_sms) if num_sms is None else num_sms)
-        # The last parameters of the kernels: the same in all calls.
+        # The last parameters of the kernels.
         data, elastic, local = (config.slot_bytes, at.data.offset), int(config.elastic), config.experts_per_rank
         records = (at.counts.item_bytes, config.head_bytes, config.record_bytes, *data)
         self._send_args = (elastic, config.num_experts, local, config.max_tokens, *records)
@@ -78,7 +120,6 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         self._receive_home_args = (elastic, config.num_experts, local, config.max_topk, *data)
         self._record_bytes = config.record_bytes
         self._tokens = config.max_tokens  # of the last dispatch
-        self._opened()
 
     def check(self) -> None:
         self._memory.check(self.name)
@@ -171,7 +212,7 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         """unused: bytes of the kernel's shared memory that this launch does without."""
         stream = self._memory.stream(self.name)
         smem_bytes = kernel.bundle.smem_bytes - unused
-        kernel.launch((ctas, 1, 1), stream, *self._memory.group_args, *values, smem_bytes=smem_bytes)
+        kernel.launch((ctas, 1, 1), stream, *self._group_args, *values, smem_bytes=smem_bytes)
 
     def _combine_send(self, y: Tensor, handle: LlHandle, *, num_topk: int, use_logfmt: bool) -> Tensor:
         y = aligned(y)
@@ -245,6 +286,19 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
 
     def _destroy(self) -> None:
         self._memory.destroy()
+
+
+def _agreed(group: ProcessGroup, transport: str, timeout_s: float) -> tuple[str, bool]:
+    """The transport, "auto" only if the ranks are on several nodes, and whether they are on one."""
+    check(transport in TRANSPORTS, f"LowLatencyBuffer: transport {transport!r}, supported {'|'.join(TRANSPORTS)}")
+    asked = Meeting(group, timeout_s).meet("transport", f"{transport} on {socket.gethostname()}")
+    for rank, said in enumerate(asked):
+        check(
+            said.partition(" ")[0] == transport,
+            f"LowLatencyBuffer: transport {transport!r} here, {said.partition(' ')[0]!r} on rank {rank}; pass the same",
+        )
+    one_node = len(set(asked)) == 1
+    return "p2p" if transport == "auto" and one_node else transport, one_node or transport == "p2p"
 
 
 def _wire(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> int:

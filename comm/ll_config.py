@@ -98,14 +98,28 @@ class LlConfig:
         combine = self.max_tokens * self.max_topk * self.row_bytes
         return round_up(max(dispatch, combine), ROW_ALIGN)
 
+    @property
+    def counts_bytes(self) -> int:
+        """Count words of one source: records, then rows of each expert."""
+        return round_up(8 * (1 + self.experts_per_rank), LINE)
+
+    @property
+    def outbox_bytes(self) -> int:
+        """What one operation puts through NVSHMEM: counts for each rank and my records, or the rows of all my experts,
+        of which every token of every rank may have max_topk."""
+        records = self.ranks * self.counts_bytes + self.max_tokens * self.record_bytes
+        rows = self.rows * min(self.max_topk, self.experts_per_rank) * self.row_bytes
+        return round_up(max(records, rows), ROW_ALIGN)
+
 
 class LlLayout:
     """Regions of one rank under `config`, as layout.EpLayout has them for the normal mode.
 
+    remote: with an outbox, which peers that NVSHMEM reaches need, last in the heap.
     regions: heap before host, by ascending offset. control_bytes: flags and counters, zero before the first call.
     """
 
-    def __init__(self, config: LlConfig) -> None:
+    def __init__(self, config: LlConfig, remote: bool = False) -> None:
         self.config = config
         heap, host = Memory("heap"), Memory("host")
         ranks = MAX_RANKS  # so that flags have the same offsets for every config
@@ -118,11 +132,13 @@ class LlLayout:
         self.counts = heap.place(
             "counts",
             SLOTS * config.ranks,
-            round_up(8 * (1 + config.experts_per_rank), LINE),
+            config.counts_bytes,
             "peer s writes {epoch, records}, then {epoch, rows} of each of my experts; I poll",
         )
         self.control_bytes = heap.end
         self.data = heap.rows("data", SLOTS, config.slot_bytes, "peers push records or rows; I read")
+        if remote:
+            self.outbox = heap.rows("outbox", SLOTS, config.outbox_bytes, "mine alone: NVSHMEM's puts read it")
         self.error = host.lines(
             "error", 1, "the kernel that set abort writes layout.ERROR_WORDS; Python reads and raises"
         )

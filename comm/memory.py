@@ -16,7 +16,11 @@ from .layout import ERROR_WORDS, PHASES
 from .meeting import Meeting
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch.distributed import ProcessGroup
+
+    from cutehop.cute_kernels.jit import Kernel
 
 DEFAULT_NUM_SMS = 16
 
@@ -37,8 +41,13 @@ class PeerMemory:
         host_bytes: int,
         error_offset: int,
         timeout_s: float,
+        transport: str = "p2p",
+        one_node: bool = True,
     ) -> None:
-        """Collective. error_offset: of the error record in the host memory. ValueError for timeout_s <= 0."""
+        """Collective. error_offset: of the error record in the host memory. ValueError for timeout_s <= 0.
+
+        transport: "nvshmem": kernels see 0 for the memory of all peers, mapped or not. one_node: as for the heap.
+        """
         check(timeout_s > 0, f"Buffer: timeout_s {timeout_s}, must be positive; give peers time to arrive")
         self.rank, self.ranks, self.device, self.timeout_s = group.rank(), group.size(), device, timeout_s
         properties = torch.cuda.get_device_properties(device)
@@ -51,13 +60,16 @@ class PeerMemory:
         self.host = torch.zeros(host_bytes, dtype=torch.uint8, pin_memory=True)
         self._error = words(self.host, error_offset, len(ERROR_WORDS))
         self._error_address = self.host.data_ptr() + error_offset
-        self._heap = open_heap(provider, group, nbytes, device, timeout_s)
+        self._transport = transport
+        self._heap = open_heap(provider, group, nbytes, device, timeout_s, one_node)
         self._bases = torch.empty(self.ranks, dtype=torch.int64, device=device)
         self._map()
 
     def _map(self) -> None:
         """The heap comes zeroed on all ranks, as flags and counters have to be."""
         bases, timeout_ns = self._heap.bases, int(self.timeout_s * 1e9)
+        if self._transport == "nvshmem":
+            bases = tuple(base if rank == self.rank else 0 for rank, base in enumerate(bases))
         self._bases.copy_(torch.tensor(bases))
         pointers = (self._bases.data_ptr(), bases[self.rank], self._error_address)
         self.group_args = (*pointers, timeout_ns, self.rank, self.ranks)
@@ -65,6 +77,13 @@ class PeerMemory:
     @property
     def local(self) -> Tensor:
         return self._heap.local
+
+    def admit(self, kernels: Iterable[Kernel]) -> int:
+        """Let these kernels call NVSHMEM, whose heap this is; the queue pair that they shall use."""
+        world = self._heap.nvshmem()
+        for kernel in kernels:
+            world.admit(int(kernel.library))
+        return world.queue()
 
     def check(self, name: str) -> None:
         """Raise what a kernel of buffer `name` has recorded: EpTimeoutError, or RuntimeError for too many rows."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from .layout import ROW_ALIGN
 # NVSHMEM's documented variables, set before the library starts unless the user did: no NIC is looked for, no NVLink
 # multicast, and no warning that NCCL is not used when ranks share a GPU.
 ENVIRONMENT = {"NVSHMEM_REMOTE_TRANSPORT": "none", "NVSHMEM_DISABLE_NVLS": "1", "NVSHMEM_DISABLE_NCCL": "1"}
+# Of a world on several nodes instead: NICs are looked for, and kernels write their requests themselves.
+SEVERAL_NODES = {"NVSHMEM_IB_ENABLE_IBGDA": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+DEFAULT_QUEUE = 1  # NVSHMEM's handle for those that it chooses from by itself
 
 
 @dataclass
@@ -28,11 +32,15 @@ class _World:
 
     ranks: list[int]  # PE i is this rank of torch's default group
     device: torch.device
+    one_node: bool
+    queue: int = DEFAULT_QUEUE  # handle of the queue pair for what kernels send
+    libraries: list[int] = field(default_factory=list)  # CUlibrary handles that have this world's state
     allocations: int = 0
     broken: bool = False  # a rank went missing or failed in the middle of a collective; the next one could hang
 
 
 _world: _World | None = None
+_ours: list[str] = []  # variables of the environment that this module has set
 
 
 class NvshmemMemory:
@@ -43,11 +51,12 @@ class NvshmemMemory:
     NVSHMEM_CUMEM_GRANULARITY (512 MiB).
     """
 
-    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, group: ProcessGroup, device: torch.device, one_node: bool = True) -> None:
         self.core, self.api = _library()
         self.group_ranks = get_process_group_ranks(group)
         self.rank = group.rank()
         self.device = device
+        self.one_node = one_node
         self._raw = 0  # what nvshmem_malloc returned
         self._base = 0  # the first multiple of ROW_ALIGN behind it
         self._check_world()
@@ -57,7 +66,7 @@ class NvshmemMemory:
         self._check_world()
         if self.rank != 0 or _world is not None:
             return ""
-        _set_defaults()
+        self._set_defaults()
         return self.core.get_unique_id()._data.tobytes().hex()
 
     def allocate(self, nbytes: int, greetings: Sequence[str]) -> torch.Tensor:
@@ -79,6 +88,8 @@ class NvshmemMemory:
         self._raw = 0
         _world.allocations -= 1
         if _world.allocations == 0:
+            for library in _world.libraries:
+                self.api.culibrary_finalize(library)
             self.core.finalize()
             _world = None
 
@@ -94,7 +105,7 @@ class NvshmemMemory:
         import numpy
         from cuda.core import Device
 
-        _set_defaults()
+        self._set_defaults()
         torch.cuda.set_device(self.device)
         device = Device(self.device.index)
         device.set_current()
@@ -108,8 +119,38 @@ class NvshmemMemory:
             "in this process started NVSHMEM; finalize it first, or use provider 'vmm'",
             NotImplementedError,
         )
-        _world = _World(self.group_ranks, self.device)
+        _world = _World(self.group_ranks, self.device, self.one_node)
+        if not self.one_node:
+            _world.queue = _make_queue()
         return _world
+
+    def queue(self) -> int:
+        """NVSHMEM's handle of the queue pair that kernels shall use."""
+        assert _world is not None, "allocate comes first"
+        return _world.queue
+
+    def admit(self, library: int) -> None:
+        """Kernels of this CUlibrary may call NVSHMEM from now on, until the world ends. RuntimeError if NVSHMEM will
+        not have them: their device code is of another version than the host library."""
+        assert _world is not None, "allocate comes first"
+        if library not in _world.libraries:
+            status = self.api.culibrary_init(library)
+            if status:
+                raise RuntimeError(
+                    f"nvshmemx_culibrary_init: status {status}, the NVSHMEM library of this process is "
+                    f"{self.core.get_version().libnvshmem_version}; it must be of the version that the kernels were "
+                    "built with. torch may have loaded its own before: `python -m cutehop.doctor`"
+                )
+            _world.libraries.append(library)
+
+    def _set_defaults(self) -> None:
+        """Those of this world instead of the last one's; what the user set stays."""
+        while _ours:
+            os.environ.pop(_ours.pop(), None)
+        for name, value in (ENVIRONMENT if self.one_node else SEVERAL_NODES).items():
+            if name not in os.environ:
+                os.environ[name] = value
+                _ours.append(name)
 
     def _check_world(self) -> None:
         if _world is None:
@@ -129,9 +170,16 @@ class NvshmemMemory:
         )
 
 
-def _set_defaults() -> None:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+def _make_queue() -> int:
+    """A queue pair to every PE that nothing else uses, so that what goes through it arrives in order. Collective.
+
+    nvshmem4py has no call for it. Where NVSHMEM's transport has no queue pairs to give, its default one is used, and
+    fences in the kernels wait for completion.
+    """
+    library = ctypes.CDLL("libnvshmem_host.so.3", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    handles = ctypes.POINTER(ctypes.c_int)()
+    status = library.nvshmemx_qp_create(1, ctypes.byref(handles))
+    return int(handles[0]) if status == 0 and handles else DEFAULT_QUEUE
 
 
 def _library() -> tuple[Any, Any]:

@@ -4,7 +4,8 @@ Every size is a run-time parameter, so one build of each kernel serves every sha
 """
 
 from ...cute_kernels.jit import Program, compiled
-from .config import PARTS, OneVariant, Parts
+from . import nvshmem_library
+from .config import PARTS, OneVariant, Parts, RemoteParts
 
 
 @compiled
@@ -63,8 +64,21 @@ def ll_combine_kernel(config: Parts) -> Program:
     return program(config)
 
 
+def remote_parts() -> tuple[RemoteParts, ...]:
+    """Configs of the low-latency kernels that reach peers through NVSHMEM. RuntimeError if it is not installed."""
+    which = nvshmem_library.version()
+    return tuple(RemoteParts(parts.sends, parts.receives, which) for parts in PARTS)
+
+
+def make_remote() -> None:
+    """Find these kernels or compile them, which needs neither a GPU nor an NVSHMEM world, and takes half a minute."""
+    for parts in remote_parts():
+        ll_dispatch_kernel.bundle(parts)
+        ll_combine_kernel.bundle(parts)
+
+
 def variants():
-    """Every kernel of this family, as (compiled function, config)."""
+    """Every kernel of this family that can be compiled here, as (compiled function, config)."""
     yield layout_kernel, OneVariant()
     yield send_kernel, OneVariant()
     yield receive_kernel, OneVariant()
@@ -72,5 +86,8 @@ def variants():
     yield combine_receive_kernel, OneVariant()
     yield wait_kernel, OneVariant()
     for parts in PARTS:
+        yield ll_dispatch_kernel, parts
+        yield ll_combine_kernel, parts
+    for parts in remote_parts() if nvshmem_library.can_compile() else ():
         yield ll_dispatch_kernel, parts
         yield ll_combine_kernel, parts

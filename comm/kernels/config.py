@@ -62,6 +62,13 @@ class Parts:
     receives: bool
 
 
+@dataclass(frozen=True)
+class RemoteParts(Parts):
+    """The same for a group with peers that only NVSHMEM reaches. nvshmem: version whose device code is linked in."""
+
+    nvshmem: str
+
+
 SEND, RECEIVE, BOTH = PARTS = (Parts(True, False), Parts(False, True), Parts(True, True))
 BF16, F32_SCALES, POW2_SCALES, UE8M0_SCALES = range(4)  # how dispatched rows travel
 

@@ -13,9 +13,10 @@ from ...cute_kernels.jit import Program
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import MAX_LOCAL_EXPERTS, MAX_RANKS
 from . import ll_combine_receive, ll_combine_send
-from .config import MAX_STAGES, RINGS, SEND_RING_BYTES, Parts
+from .config import MAX_STAGES, RINGS, SEND_RING_BYTES, Parts, RemoteParts
 from .ll_combine_receive import CombineReceiver, LlCombineReceiveArgs
 from .ll_combine_send import CombineSender, LlCombineSendArgs
+from .ll_remote import RemoteGroup
 from .verbs import Group, ld_i32
 
 
@@ -60,18 +61,20 @@ class LlCombine(CombineSender, CombineReceiver):
 def program(config: Parts) -> Program:
     """The host function and the fake arguments that compile one variant."""
     kernel = LlCombine(config)
-    name = f"cutehop_ep_ll_combine{'_send' * config.sends}{'_receive' * config.receives}"
+    remote = isinstance(config, RemoteParts)
+    name = f"cutehop_ep_ll_combine{'_send' * config.sends}{'_receive' * config.receives}{'_nvshmem' * remote}"
     kernel.kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
     given = [LlCombineSendArgs] * config.sends + [LlCombineReceiveArgs] * config.receives
+    group = RemoteGroup if remote else Group
     parts = (
         fake_args(LlCombineSendArgs) if config.sends else None,
         fake_args(LlCombineReceiveArgs) if config.receives else None,
     )
     return Program(
         host=kernel,
-        args=(fake_args(Group), *parts, cuda.CUstream(0)),
+        args=(fake_args(group), *parts, cuda.CUstream(0)),
         threads=kernel.threads,
         smem_bytes=kernel.Smem.size_in_bytes(),
         pdl=True,
-        params=sum((param_kinds(each) for each in (Group, *given)), ()),
+        params=sum((param_kinds(each) for each in (group, *given)), ()),
     )

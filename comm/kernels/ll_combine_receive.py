@@ -16,16 +16,14 @@ from ...cute_kernels.sm90 import ptx
 from .config import REDUCE_WARPS
 from .ll_verbs import (
     ACK,
-    READY,
     base_of,
     finish,
-    line,
     mask_of,
     slot_of,
     start_next_kernel,
+    wait_data,
 )
 from .verbs import (
-    PHASE,
     Group,
     is_masked,
     ld_f32,
@@ -34,7 +32,6 @@ from .verbs import (
     ld_vector,
     may_proceed,
     st_i64,
-    wait_flag,
 )
 
 THREADS = 32 * REDUCE_WARPS
@@ -76,7 +73,7 @@ class CombineReceiver:
         reached = Boolean(True)
         if tid < g.ranks:
             start = cute.arch.globaltimer()
-            reached = wait_flag(g, g.own + line(READY, epoch, tid), epoch, tid, PHASE["ll_ready"], mask)
+            reached = wait_data(g, epoch, tid, mask)
             if (cta == 0) & (a.wait_stats != 0):
                 place = a.wait_stats + Int64(tid) * 8
                 st_i64(place, ld_i64(place) + (cute.arch.globaltimer() - start))

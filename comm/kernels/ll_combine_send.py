@@ -15,6 +15,7 @@ from cutlass import Boolean, Int32, Int64, const_expr
 from ..config import MAX_LOCAL_EXPERTS, MAX_RANKS
 from ..ll_config import SLOTS
 from .config import MAX_STAGES, RINGS, SEND_RING_BYTES
+from .ll_remote import RemoteGroup, put
 from .ll_verbs import (
     ACK,
     READY,
@@ -23,11 +24,12 @@ from .ll_verbs import (
     line,
     mask_of,
     next_epoch,
+    outbox_of,
     slot_of,
     start_next_kernel,
 )
 from .ring import EMPTY, drain, make_ring, move_row
-from .verbs import PHASE, Group, is_masked, ld_i32, may_proceed, st_i32, wait_flag
+from .verbs import PHASE, Group, copy_vectors, is_masked, ld_i32, may_proceed, st_i32, wait_flag
 
 THREADS = 32 * RINGS
 
@@ -80,6 +82,9 @@ class CombineSender:
             start_next_kernel()
         if go & (warp < RINGS) & (lane == 0):
             self.push_rows(g, a, sm, epoch, mask, warp)
+        if const_expr(g.remote):
+            if go & (warp < RINGS):
+                self.put_rows(g, a, sm, epoch, mask, warp, lane)
         finish(g, READY, "combine_send", epoch, mask, True, go, base, sm.flag.data_ptr())
         return epoch
 
@@ -118,7 +123,10 @@ class CombineSender:
             row = Int64(expert) * rows + (i - begin)
             place = ld_i32(a.send_slot + row * 4)
             home = place // choices
-            if not is_masked(mask, home):
+            mapped = Boolean(True)
+            if const_expr(g.remote):
+                mapped = sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[home] != 0
+            if mapped & (not is_masked(mask, home)):
                 target = (
                     sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[home] + slot + Int64(place % choices) * a.row_bytes
                 )
@@ -126,3 +134,33 @@ class CombineSender:
                     ring, a.y + row * a.row_bytes, target, a.row_bytes, held, into, oldest, phase
                 )
         drain(ring, held, oldest, phase)
+
+    @cute.jit
+    def put_rows(self, g: RemoteGroup, a: LlCombineSendArgs, sm, epoch: Int32, mask: Int64, warp: Int32, lane: Int32):
+        """By one warp: the rows of ranks that only NVSHMEM reaches, by way of the outbox; row i of all my experts' lies
+        there at i."""
+        cta, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        ends = sm.ends.get_tensor(cute.make_layout(MAX_LOCAL_EXPERTS))
+        bases = sm.bases.get_tensor(cute.make_layout(MAX_RANKS))
+        rows, choices = g.ranks * a.max_tokens, a.max_tokens * a.max_topk
+        each = a.experts_per_rank if a.experts_per_rank < a.max_topk else a.max_topk
+        total = ends[a.experts_per_rank - 1]
+        total = total if total < rows * each else rows * each  # no dispatch counts more
+        expert, begin = Int32(0), Int32(0)
+        cute.arch.sync_warp()
+        for i in cutlass.range(warp * ctas + cta, total, RINGS * ctas, unroll=1):
+            while i >= ends[expert]:
+                begin = ends[expert]
+                expert += 1
+            row = Int64(expert) * rows + (i - begin)
+            place = ld_i32(a.send_slot + row * 4)
+            home = place // choices
+            wanted = Int32(0)
+            if bases[home] == 0:
+                wanted = Int32(not is_masked(mask, home))
+            if cute.arch.shuffle_sync(wanted, 0) != 0:  # a mask may change between two lanes
+                copy = outbox_of(g, epoch) + Int64(i) * a.row_bytes
+                copy_vectors(copy, a.y + row * a.row_bytes, Int64(a.row_bytes // 16), lane, 32)
+                target = a.data_offset + Int64(slot_of(epoch)) * a.slot_bytes + Int64(place % choices) * a.row_bytes
+                put(g, target, copy, a.row_bytes, home)

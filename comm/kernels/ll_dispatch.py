@@ -14,9 +14,10 @@ from ...cute_kernels.jit import Program
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import MAX_RANKS
 from . import ll_dispatch_receive, ll_dispatch_send
-from .config import COPY_WARPS, IDS, MAX_EXPERTS, MAX_TEAMS, Parts, ll_dispatch_data_bytes
+from .config import COPY_WARPS, IDS, MAX_EXPERTS, MAX_TEAMS, Parts, RemoteParts, ll_dispatch_data_bytes
 from .ll_dispatch_receive import DispatchReceiver, LlDispatchReceiveArgs
 from .ll_dispatch_send import HEAD_WORDS, DispatchSender, LlDispatchSendArgs
+from .ll_remote import RemoteGroup
 from .verbs import Group, ld_i32
 
 
@@ -63,18 +64,20 @@ class LlDispatch(DispatchSender, DispatchReceiver):
 def program(config: Parts) -> Program:
     """The host function and the fake arguments that compile one variant."""
     kernel = LlDispatch(config)
-    name = f"cutehop_ep_ll_dispatch{'_send' * config.sends}{'_receive' * config.receives}"
+    remote = isinstance(config, RemoteParts)
+    name = f"cutehop_ep_ll_dispatch{'_send' * config.sends}{'_receive' * config.receives}{'_nvshmem' * remote}"
     kernel.kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
     given = [LlDispatchSendArgs] * config.sends + [LlDispatchReceiveArgs] * config.receives
+    group = RemoteGroup if remote else Group
     parts = (
         fake_args(LlDispatchSendArgs) if config.sends else None,
         fake_args(LlDispatchReceiveArgs) if config.receives else None,
     )
     return Program(
         host=kernel,
-        args=(fake_args(Group), *parts, cuda.CUstream(0)),
+        args=(fake_args(group), *parts, cuda.CUstream(0)),
         threads=kernel.threads,
         smem_bytes=kernel.Smem.size_in_bytes(),
         pdl=True,
-        params=sum((param_kinds(each) for each in (Group, *given)), ()),
+        params=sum((param_kinds(each) for each in (group, *given)), ()),
     )

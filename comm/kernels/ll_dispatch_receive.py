@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, Int64, Uint8
+from cutlass import Boolean, Int32, Int64, Uint8, const_expr
 from cutlass.experimental import primitives as prims
 
 from ..config import MAX_RANKS
@@ -20,13 +20,12 @@ from .config import COPY_WARPS, MAX_EXPERTS
 from .ll_verbs import (
     ACK,
     COUNTS,
-    READY,
     base_of,
     finish,
-    line,
     mask_of,
     slot_of,
     start_next_kernel,
+    wait_data,
 )
 from .verbs import (
     GMEM,
@@ -39,7 +38,6 @@ from .verbs import (
     st_i32,
     st_i64,
     wait_count,
-    wait_flag,
 )
 
 THREADS = 32 * COPY_WARPS  # of a CTA that only receives; more may be there
@@ -110,13 +108,15 @@ class DispatchReceiver:
         if (tid >= COUNT_THREADS) & (tid < THREADS):  # one warp waits for the data meanwhile
             source = tid - COUNT_THREADS
             if source < g.ranks:
-                reached = wait_flag(g, g.own + line(READY, epoch, source), epoch, source, PHASE["ll_ready"], mask)
+                reached = wait_data(g, epoch, source, mask)
                 if (cta == 0) & (a.wait_stats != 0):
                     place = a.wait_stats + Int64(source) * 8
                     st_i64(place, ld_i64(place) + (cute.arch.globaltimer() - start))
         elif tid < COUNT_THREADS:
             for i in cutlass.range(tid, g.ranks * words, COUNT_THREADS, unroll=1):
                 source, word = i // words, i % words
+                if const_expr(g.remote):  # before the flag behind them, words that were put may be there in part
+                    wait_data(g, epoch, source, mask)
                 at = Int64(slot_of(epoch) * g.ranks + source) * a.counts_bytes + COUNTS + word * 8
                 count = wait_count(g, g.own + at, epoch, source, PHASE["ll_counts"], mask)
                 if word == 0:

@@ -24,6 +24,7 @@ from ...cute_kernels.sm90 import ptx
 from ..config import MAX_RANKS
 from ..ll_config import MAX_TOPK, SLOTS
 from .config import BF16, F32_SCALES, IDS, INDEX_WARPS, TOKEN_WARPS, UE8M0_SCALES
+from .ll_remote import RemoteGroup, put
 from .ll_verbs import (
     ACK,
     COUNTS,
@@ -33,6 +34,7 @@ from .ll_verbs import (
     line,
     mask_of,
     next_epoch,
+    outbox_of,
     slot_of,
     start_next_kernel,
 )
@@ -80,6 +82,16 @@ class LlDispatchSendArgs:
     record_bytes: Int32
     slot_bytes: Int64
     data_offset: Int64
+
+
+@cute.jit
+def record_size(a: LlDispatchSendArgs):
+    """Bytes of a record that are sent."""
+    size = a.head_bytes + a.hidden * 2
+    if a.format != BF16:
+        words_of_scales = (a.hidden // 128 + 3) // 4 if a.format == UE8M0_SCALES else a.hidden // 128
+        size = a.head_bytes + (a.hidden + words_of_scales * 4 + 15) // 16 * 16
+    return size
 
 
 class DispatchSender:
@@ -177,11 +189,28 @@ class DispatchSender:
             if i < a.experts:
                 rank, word = i // a.experts_per_rank, 1 + i % a.experts_per_rank
             if not is_masked(mask, rank):
-                send_count(
-                    sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[rank] + mine + word * 8,
-                    epoch,
-                    cute.arch.load(counters + i, Int32),
-                )
+                base = sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[rank]
+                place = base + mine + word * 8
+                if const_expr(g.remote):
+                    if base == 0:
+                        place = outbox_of(g, epoch) + Int64(rank) * a.counts_bytes + word * 8
+                send_count(place, epoch, cute.arch.load(counters + i, Int32))
+        if const_expr(g.remote):
+            cute.arch.barrier(barrier_id=INDEX_BARRIER, number_of_threads=INDEX_THREADS)
+            self.put_counts(g, a, sm, epoch, mask, mine, thread // 32)
+
+    @cute.jit
+    def put_counts(
+        self, g: RemoteGroup, a: LlDispatchSendArgs, sm, epoch: Int32, mask: Int64, mine: Int64, warp: Int32
+    ):
+        """By one warp: counts from the outbox to every fourth rank that only NVSHMEM reaches."""
+        bases = sm.bases.get_tensor(cute.make_layout(MAX_RANKS))
+        for rank in cutlass.range(cute.arch.make_warp_uniform(warp), g.ranks, INDEX_WARPS, unroll=1):
+            wanted = Int32(0)
+            if bases[rank] == 0:
+                wanted = Int32(not is_masked(mask, rank))
+            if cute.arch.shuffle_sync(wanted, 0) != 0:  # a mask may change between two lanes
+                put(g, mine, outbox_of(g, epoch) + Int64(rank) * a.counts_bytes, 8 + 8 * a.experts_per_rank, rank)
 
     @cute.jit
     def make_head(self, g: Group, a: LlDispatchSendArgs, sm, token: Int32, team: Int32, lane: Int32):
@@ -305,12 +334,12 @@ class DispatchSender:
         cute.arch.sync_warp()
         if lane < g.ranks:
             index = cute.make_tensor(sm.index.data_ptr() + team * MAX_RANKS, cute.make_layout(MAX_RANKS))[lane]
-            if index >= 0:
+            mapped = index >= 0
+            if const_expr(g.remote):
+                mapped = mapped & (sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[lane] != 0)
+            if mapped:
                 if not is_masked(mask, lane):
-                    size = a.head_bytes + a.hidden * 2
-                    if a.format != BF16:
-                        words_of_scales = (a.hidden // 128 + 3) // 4 if a.format == UE8M0_SCALES else a.hidden // 128
-                        size = a.head_bytes + (a.hidden + words_of_scales * 4 + 15) // 16 * 16
+                    size = record_size(a)
                     at = Int64(slot_of(epoch)) * a.slot_bytes + Int64(g.rank * a.max_tokens + index) * a.record_bytes
                     prims.cp_async_bulk_global_shared_cta(
                         cute.make_ptr(
@@ -323,4 +352,33 @@ class DispatchSender:
                         size,
                     )
         cute.arch.cp_async_bulk_commit_group()
+        if const_expr(g.remote):
+            self.put_record(g, a, sm, epoch, mask, team, lane)
         cute.arch.cp_async_bulk_wait_group(0, read=True)  # before the next round overwrites the record
+
+    @cute.jit
+    def put_record(
+        self, g: RemoteGroup, a: LlDispatchSendArgs, sm, epoch: Int32, mask: Int64, team: Int32, lane: Int32
+    ):
+        """By one warp: the record to the ranks that only NVSHMEM reaches, by way of the outbox."""
+        token = cute.make_tensor(sm.heads.data_ptr() + team * HEAD_WORDS, cute.make_layout(HEAD_WORDS))[0]
+        index = cute.make_tensor(sm.index.data_ptr() + team * MAX_RANKS, cute.make_layout(MAX_RANKS))
+        words = cute.make_tensor(
+            cute.recast_ptr(sm.data.data_ptr() + team * a.record_bytes, dtype=Int32), cute.make_layout(1 << 16)
+        )
+        wanted = Boolean(False)
+        if lane < g.ranks:
+            if index[lane] >= 0:
+                if sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[lane] == 0:
+                    wanted = not is_masked(mask, lane)
+        ranks = cute.arch.vote_ballot_sync(wanted)
+        if ranks != 0:
+            copy = outbox_of(g, epoch) + Int64(g.ranks) * a.counts_bytes + Int64(token) * a.record_bytes
+            size = record_size(a)
+            for at in cutlass.range(lane * 4, size // 4, 128, unroll=2):
+                ptx.st_global_v4(copy + at * 4, *(words[at + i] for i in range(4)))
+            for rank in cutlass.range(g.ranks, unroll=1):
+                if (ranks >> rank) & 1 != 0:
+                    place = Int64(g.rank * a.max_tokens + index[rank]) * a.record_bytes
+                    target = a.data_offset + Int64(slot_of(epoch)) * a.slot_bytes + place
+                    put(g, target, copy, size, rank)

@@ -6,7 +6,8 @@ from cutlass import Boolean, Int64, const_expr
 
 from ..config import LINE, MAX_RANKS
 from ..ll_config import LL_KERNELS, SLOTS, LlConfig, LlLayout
-from .verbs import Group, aborted, is_masked, last_to_arrive, ld_i32, peer_base, set_flag, st_i32
+from .ll_remote import see_data, set_flag_of
+from .verbs import PHASE, Group, aborted, is_masked, last_to_arrive, ld_i32, peer_base, st_i32, wait_flag
 
 _ANY = LlLayout(LlConfig(ranks=1, hidden=128, max_tokens=1, num_experts=1, max_topk=1))
 READY = _ANY.ready.offset
@@ -53,10 +54,21 @@ def finish(
                 if const_expr(region == READY):  # that I need its data no more is told to all: it may come back
                     left_out = is_masked(mask, tid)
                 if not left_out:
-                    set_flag(base + line(region, epoch, g.rank), epoch, region == READY)
+                    set_flag_of(g, base, line(region, epoch, g.rank), epoch, tid, region == READY)
             if counts_epoch:
                 if tid == 0:
                     st_i32(g.own + EPOCH, epoch)
+
+
+@cute.jit
+def wait_data(g: Group, epoch, source, mask):
+    """Wait for all that a source sent in an operation; as wait_flag."""
+    flag = g.own + line(READY, epoch, source)
+    reached = wait_flag(g, flag, epoch, source, PHASE["ll_ready"], mask)
+    if const_expr(g.remote):
+        if reached:
+            see_data(g, flag, epoch, peer_base(g, source))
+    return reached
 
 
 @cute.jit
@@ -66,6 +78,11 @@ def base_of(g: Group, thread):
     if thread < g.ranks:
         base = peer_base(g, thread)
     return base
+
+
+def outbox_of(g, epoch):
+    """Where the puts of an operation read. g: a RemoteGroup."""
+    return g.outbox + Int64(slot_of(epoch)) * g.outbox_bytes
 
 
 def next_epoch(g: Group):

@@ -6,6 +6,7 @@ word, and every later wait and kernel of the buffer ends at once.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import cutlass
 import cutlass.cute as cute
@@ -32,7 +33,9 @@ PHASE = {name: i for i, name in enumerate(PHASES)}
 
 @dataclass(frozen=True)
 class Group:
-    """The group as a kernel sees it."""
+    """The group as a kernel sees it. remote: whether there may be peers that only NVSHMEM reaches (ll_remote.py)."""
+
+    remote: ClassVar[bool] = False
 
     bases: Int64  # address of int64 (ranks,): base of every rank's memory
     own: Int64  # base of my memory

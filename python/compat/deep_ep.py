@@ -59,8 +59,8 @@ class Buffer(LowLatency, Refused):
         for if all of them go to one rank, but no fewer than any rank brings to the first call.
     explicitly_destroy: the caller promises to call destroy() on every rank. Without it V1 frees its memory in a
         destructor, which is collective and can hang; here nothing does until runtime.destroy() on every rank.
-    low_latency_mode: the low-latency methods may be called.  enable_shrink: so may those for masks, and a rank that
-        does not come in time is masked by them.
+    low_latency_mode: the low-latency methods may be called; ranks on other nodes are reached through NVSHMEM.
+    enable_shrink: so may those for masks, and a rank that does not come in time is masked by them.
     num_rdma_bytes, num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric: for several nodes,
         accepted and without effect.
     comm: an MPI communicator, not supported; pass group.

@@ -306,6 +306,8 @@ def test_command_line():
     options = ep.parse(["--sms", "24,8", "--rows", "fp8"])
     assert options.setting(2, 2) == Setting(2, 2, experts=64, sms=(24, 8))
     assert options.setting(8, 0).sms == (0,)
+    assert options.transports == ("p2p",)
+    assert ep.parse(["--transports", "p2p,nvshmem"]).transports == ("p2p", "nvshmem")
     assert ep.parse(["--experts", "16"]).setting(8, 1).experts == 16
     for bad in (["--sms", "8,0"], ["--sms", "x"], ["--repeats", "0"]):
         with pytest.raises(SystemExit):

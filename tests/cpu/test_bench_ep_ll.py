@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cutehop.comm.ll_gloo import GlooLowLatencyBuffer
-from tools.bench.ep_ll_jobs import TOKENS, LlWork, config
+from tools.bench.ep_ll_jobs import TOKENS, LlWork, config, row_name
 from tools.bench.ep_setting import Setting, make_inputs
 
 SETTING = Setting(ranks=2, gpus=0, hidden=256, topk=2, experts=8, sms=(0,))
@@ -27,6 +27,10 @@ def check_rows(group, rank):
 def test_rows_are_checked(cpu_ranks):
     names = [f"ll-{what}-t{tokens}" for tokens in TOKENS for what in ("dispatch", "pair")]
     assert cpu_ranks(2).run(check_rows) == [(names, [None] * 2 * len(names))] * 2
+
+
+def test_a_row_names_another_transport():
+    assert [row_name("pair", 8, transport) for transport in ("p2p", "nvshmem")] == ["ll-pair-t8", "ll-pair-t8-nvshmem"]
 
 
 def moved_by_hand(setting: Setting, rank: int) -> tuple[int, int]:

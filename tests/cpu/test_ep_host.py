@@ -70,7 +70,7 @@ def launches(monkeypatch):
     for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
         monkeypatch.setattr(kernels, name, lambda config, stream, name=name: made.kernel(name))
 
-    def open_heap(provider, group, nbytes, device, timeout_s):
+    def open_heap(provider, group, nbytes, device, timeout_s, one_node):
         local = torch.zeros(nbytes, dtype=torch.uint8)
         return SimpleNamespace(local=local, bases=(local.data_ptr(),), destroy=lambda: None)
 

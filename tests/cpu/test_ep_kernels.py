@@ -14,7 +14,8 @@ from cutehop.comm import kernels
 from cutehop.comm.kernels import config as sizes
 from cutehop.cute_kernels.jit.bundle import MAX_SMEM_BYTES
 
-VARIANTS = list(kernels.variants())
+# Those with NVSHMEM's code in them: test_ep_ll_remote.py.
+VARIANTS = [each for each in kernels.variants() if not isinstance(each[1], sizes.RemoteParts)]
 REGISTERS_PER_SM = 65536
 # What each kernel does with rows by bulk copies: load, store.
 LOADING = ("receive", "combine_receive", "ll_dispatch+receive", "ll_combine+send")

@@ -254,6 +254,16 @@ class FakeNvshmem:
     def ptr(self, address, pe):
         return address
 
+    def get_version(self):
+        return types.SimpleNamespace(libnvshmem_version="3.4.5")
+
+    def culibrary_init(self, library):
+        self.calls.append(f"init {library}")
+        return library == 13
+
+    def culibrary_finalize(self, library):
+        self.calls.append(f"finalize {library}")
+
 
 @pytest.fixture
 def library(monkeypatch):
@@ -264,8 +274,10 @@ def library(monkeypatch):
     core = types.ModuleType("cuda.core")
     core.Device = lambda index: types.SimpleNamespace(set_current=lambda: None)
     monkeypatch.setitem(sys.modules, "cuda.core", core)
-    for name in nvshmem.ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(nvshmem, "_ours", [])
+    for name in {**nvshmem.ENVIRONMENT, **nvshmem.SEVERAL_NODES}:
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
     return fake
 
 
@@ -294,6 +306,39 @@ def test_nvshmem_world_lives_from_the_first_heap_to_the_last(library, group):
     second.destroy()
     assert library.calls == ["init", "finalize"] * 2
     assert {name: heap_module.os.environ[name] for name in nvshmem.ENVIRONMENT} == nvshmem.ENVIRONMENT
+
+
+def test_nvshmem_admits_a_library_once_in_a_world(library, group):
+    heap = open_fake(group)
+    for handle in (3, 5, 3):
+        heap.nvshmem().admit(handle)
+    with pytest.raises(RuntimeError, match=r"culibrary_init: status .* of this process is 3\.4\.5; it must be"):
+        heap.nvshmem().admit(13)
+    heap.release()
+    heap.acquire()
+    heap.nvshmem().admit(3)
+    heap.destroy()
+    world = ["init", "init 3", "init 5", "init 13", "finalize 3", "finalize 5", "finalize"]
+    assert library.calls == [*world, "init", "init 3", "finalize 3", "finalize"]
+
+
+def test_nvshmem_of_several_nodes_makes_a_queue_and_looks_for_nics(library, group, monkeypatch):
+    open_fake(group).destroy()
+    assert heap_module.os.environ["NVSHMEM_REMOTE_TRANSPORT"] == "none"
+    monkeypatch.setattr(nvshmem, "_make_queue", lambda: 24)
+    mapped, library.ptr = library.ptr, lambda address, pe: 0
+    mine = nvshmem.NvshmemMemory(group, CPU, one_node=False)
+    heap = SymmetricHeap("nvshmem", group, 4096, CPU, mine, 5.0, one_node=False)
+    assert heap.bases == (0,)
+    assert heap.nvshmem().queue() == 24
+    assert "NVSHMEM_REMOTE_TRANSPORT" not in heap_module.os.environ
+    assert heap_module.os.environ["NVSHMEM_IB_ENABLE_IBGDA"] == "1"
+    heap.destroy()
+    library.ptr = mapped
+    heap = open_fake(group)
+    assert "NVSHMEM_IB_ENABLE_IBGDA" not in heap_module.os.environ
+    assert heap.nvshmem().queue() == nvshmem.DEFAULT_QUEUE
+    heap.destroy()
 
 
 def test_nvshmem_leaves_the_users_variables(library, group, monkeypatch):

@@ -30,6 +30,7 @@ class Options(argparse.Namespace):
     experts: int | None
     sms: tuple[int, ...]
     repeats: int
+    transports: tuple[str, ...]
     rows: str
     out: Path
     source: Path | None
@@ -40,6 +41,13 @@ class Options(argparse.Namespace):
         experts = EXPERTS_PER_RANK * ranks if self.experts is None else self.experts
         sms = self.sms if gpus else (0,)  # a CPU has no choice
         return Setting(ranks, gpus, self.tokens, self.hidden, self.topk, experts, sms, self.repeats)
+
+
+def _transports(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not set(names) <= {"p2p", "nvshmem"}:
+        raise ValueError(text)
+    return names
 
 
 def _sms(text: str) -> tuple[int, ...]:
@@ -60,6 +68,8 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--experts", type=int, help=f"of all ranks (default {EXPERTS_PER_RANK} per rank)")
     add("--sms", type=_sms, default=usual.sms, metavar="N,...", help="SMs per rank, in turn (default 16,8,4)")
     add("--repeats", type=int, default=usual.repeats, help="samples of each row (default %(default)s)")
+    text = "of low-latency rows, in turn, p2p and nvshmem (default p2p)"
+    add("--transports", type=_transports, default=("p2p",), metavar="NAME,...", help=text)
     add("--rows", metavar="REGEX", default="", help="only rows whose name matches, e.g. 'fp8|layout'")
     add("--out", metavar="DIR", type=Path, default=RESULTS, help="where the JSON goes (default %(default)s)")
     add("--markdown", action="store_true", help="print the table as markdown")

@@ -1,4 +1,7 @@
-"""Rows of the low-latency mode: dispatch (fp8) and combine (bf16) of a few tokens per rank, each in one launch."""
+"""Rows of the low-latency mode: dispatch (fp8) and combine (bf16) of a few tokens per rank, each in one launch.
+
+A row's name ends with the transport unless it is p2p.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,15 @@ def config(setting: Setting) -> LlConfig:
     return LlConfig(setting.ranks, setting.hidden, max(TOKENS), setting.experts, setting.topk)
 
 
+def row_name(what: str, tokens: int, transport: str) -> str:
+    return f"ll-{what}-t{tokens}{'' if transport == 'p2p' else f'-{transport}'}"
+
+
 class LlWork:
     """One rank's buffer, and for each number of tokens the inputs and what must come of them."""
 
-    def __init__(self, setting: Setting, buffer: LowLatencyBuffer) -> None:
-        self.setting, self.buffer = setting, buffer
+    def __init__(self, setting: Setting, buffer: LowLatencyBuffer, transport: str = "p2p") -> None:
+        self.setting, self.buffer, self.transport = setting, buffer, transport
         self.local = setting.experts // setting.ranks
         self.out = buffer.empty_outputs()
         # The row of an expert holds one value, so that a token's sum is known from its choices alone.
@@ -53,10 +60,13 @@ class LlWork:
             got = buffer.dispatch(i.x, i.topk_idx, out=self.out)
             return (buffer.combine(self.y, got.handle, i.topk_idx, i.topk_weights, out=combined),)
 
+        def name(what: str) -> str:
+            return row_name(what, tokens, self.transport)
+
         sms, moved = buffer.num_sms, self._moved(i)
         return [
-            Job(f"ll-dispatch-t{tokens}", sms, "graph", dispatch, self._arrives(given), calls=GRAPH_CALLS),
-            Job(f"ll-pair-t{tokens}", sms, "graph", pair, {"tokens": self._sums(i)}, calls=GRAPH_CALLS, moved=moved),
+            Job(name("dispatch"), sms, "graph", dispatch, self._arrives(given), calls=GRAPH_CALLS),
+            Job(name("pair"), sms, "graph", pair, {"tokens": self._sums(i)}, calls=GRAPH_CALLS, moved=moved),
         ]
 
     def _arrives(self, given: list[Inputs]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from tools.bench import ep_report as reports
 from tools.bench import report as common
 from tools.bench.ep import parse
 from tools.bench.ep_jobs import Job, Work
-from tools.bench.ep_ll_jobs import TOKENS, LlWork
+from tools.bench.ep_ll_jobs import TOKENS, LlWork, row_name
 from tools.bench.ep_ll_jobs import config as ll_config
 from tools.bench.ep_setting import Setting, expect, make_inputs
 from tools.bench.ep_timing import Team, make_lane, poison, samples
@@ -38,10 +38,17 @@ class Bench:
     """
 
     def __init__(
-        self, setting: Setting, group: dist.ProcessGroup, device: torch.device, command: str, path: Path, rows: str = ""
+        self,
+        setting: Setting,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        command: str,
+        path: Path,
+        rows: str = "",
+        transports: Sequence[str] = ("p2p",),
     ) -> None:
         self.setting, self.device, self.team = setting, device, Team(group)
-        self._path, self._rows = path, rows
+        self._path, self._rows, self._transports = path, rows, transports
         self._say("making the buffer and measuring the ceilings")
         self.buffer, memory = self._make_buffer()
         measured = ep_ceilings.measure(setting, device) if self.team.rank == 0 else None
@@ -55,10 +62,12 @@ class Bench:
     def run(self) -> reports.Report:
         """All rows."""
         self._run(self.work.jobs())
-        if self.setting.hidden % GROUP == 0 and any(re.search(self._rows, f"ll-pair-t{tokens}") for tokens in TOKENS):
-            buffer = self._make_ll_buffer()
-            self._run(LlWork(self.setting, buffer).jobs())
-            buffer.destroy()
+        for transport in self._transports:
+            wanted = any(re.search(self._rows, row_name("pair", tokens, transport)) for tokens in TOKENS)
+            if self.setting.hidden % GROUP == 0 and wanted:
+                buffer = self._make_ll_buffer(transport)
+                self._run(LlWork(self.setting, buffer, transport).jobs())
+                buffer.destroy()
         if not self.setting.shared:  # last: NCCL's watchdog thread and graph captures do not go well together
             nccl = dist.new_group(backend="nccl")
             self._run(ep_ceilings.nccl_jobs(self.setting, self.work.inputs, self.team.rank, nccl))
@@ -109,12 +118,12 @@ class Bench:
             "device_bytes_per_rank": taken // (setting.ranks if setting.shared else 1) if setting.gpus else None,
         }
 
-    def _make_ll_buffer(self) -> LowLatencyBuffer:
+    def _make_ll_buffer(self, transport: str) -> LowLatencyBuffer:
         config, group = ll_config(self.setting), self.team.group
         if self.device.type == "cuda":
             from cutehop.comm.ll_buffer import CudaLowLatencyBuffer
 
-            return CudaLowLatencyBuffer(group, config, timeout_s=TIMEOUT_S)
+            return CudaLowLatencyBuffer(group, config, transport=transport, timeout_s=TIMEOUT_S)
         from cutehop.comm.ll_gloo import GlooLowLatencyBuffer
 
         return GlooLowLatencyBuffer(group, config, timeout_s=TIMEOUT_S)
@@ -166,7 +175,7 @@ def main(argv: Sequence[str]) -> None:
     if device.type == "cuda":
         setting.check_sms(torch.cuda.get_device_properties(device).multi_processor_count)
     command = f"python -m tools.bench.ep {' '.join(arguments)}".strip()
-    Bench(setting, group, device, command, Path(path), options.rows).run()
+    Bench(setting, group, device, command, Path(path), options.rows, options.transports).run()
     dist.destroy_process_group()
 
 
