@@ -1,6 +1,18 @@
-"""torch.nn modules built on the ops: MLA decode over a paged cache."""
+"""torch.nn modules built on the ops: MLA decode over a paged cache, mixture of experts over the ranks of a node."""
 
 from cutehop.layers.mla import MlaDecode
 from cutehop.layers.mla_cache import MlaStep, OutOfPagesError, PagedMlaCache
+from cutehop.layers.moe import ExpertParallelMoE, MoeRouter, Routing, SharedExpert
+from cutehop.layers.moe_weights import MoeExperts
 
-__all__ = ["MlaDecode", "MlaStep", "OutOfPagesError", "PagedMlaCache"]
+__all__ = [
+    "ExpertParallelMoE",
+    "MlaDecode",
+    "MlaStep",
+    "MoeExperts",
+    "MoeRouter",
+    "OutOfPagesError",
+    "PagedMlaCache",
+    "Routing",
+    "SharedExpert",
+]

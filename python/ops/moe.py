@@ -184,7 +184,7 @@ define(
 )
 define(
     "moe_permute",
-    "(Tensor x, Tensor? scales, Tensor topk_idx, int num_experts, int num_rows)"
+    "(Tensor x, Tensor? scales, Tensor topk_idx, int num_experts, SymInt num_rows)"
     " -> (Tensor rows, Tensor row_scales, Tensor ends, Tensor pair_row)",
     allocate=_allocate_permute,
     cpu=ref.permute,
@@ -212,7 +212,7 @@ define(
     cuda="cutehop.ops._moe_cuda:quantize_fp8",
 )
 _GEMM_OPTIONS = (
-    "Tensor? a_scales=None, Tensor? b_scales=None, str epilogue='store', int expected_rows=0)"
+    "Tensor? a_scales=None, Tensor? b_scales=None, str epilogue='store', SymInt expected_rows=0)"
     " -> (Tensor out, Tensor out_scales)"
 )
 define(

@@ -21,7 +21,8 @@ def test_demo_runs_on_the_gpu(capsys):
     code = demo.main(["--device", "cuda"])
     output = capsys.readouterr().out
     assert code == 0, output
-    assert f"{torch.cuda.get_device_name()} kernels" in output
+    assert f"8 ranks, {torch.cuda.get_device_name()}, decode in a CUDA graph" in output
+    assert output.count(": ok") == 3
     lines = output.split(kernels.HEADER)[1].strip().splitlines()
     assert len(lines) == len(kernels.ROWS)
     assert all(line.endswith(" ok") for line in lines)
