@@ -1,9 +1,16 @@
-"""Grouped GEMM for many rows per expert."""
+"""Grouped GEMM for many rows per expert, sm_90a. Importing this needs neither the DSL nor a GPU."""
 
-from __future__ import annotations
+from ..jit import Program, compiled
+from .config import DTYPES, EPILOGUES, GemmConfig
 
-from typing import Any
+
+@compiled
+def gemm_kernel(config: GemmConfig) -> Program:
+    from .gemm import program
+
+    return program(config)
 
 
-def variants() -> list[tuple[Any, Any]]:
-    return []
+def variants():
+    """Every kernel of this family, as (compiled function, config)."""
+    yield from ((gemm_kernel, GemmConfig(dtype, epilogue)) for dtype in DTYPES for epilogue in EPILOGUES)

@@ -1,9 +1,21 @@
-"""Grouped GEMM for few rows per expert."""
+"""Grouped GEMM for few rows per expert, sm_90a. Importing this needs neither the DSL nor a GPU."""
 
-from __future__ import annotations
+from ..jit import Program, compiled
+from .config import DTYPES, EPILOGUES, TILES_N, GemmDecodeConfig
 
-from typing import Any
+
+@compiled
+def gemm_decode_kernel(config: GemmDecodeConfig) -> Program:
+    from .kernel import program
+
+    return program(config)
 
 
-def variants() -> list[tuple[Any, Any]]:
-    return []
+def variants():
+    """Every kernel of this family, as (compiled function, config)."""
+    yield from (
+        (gemm_decode_kernel, GemmDecodeConfig(dtype, epilogue, tile_n))
+        for dtype in DTYPES
+        for epilogue in EPILOGUES
+        for tile_n in TILES_N
+    )

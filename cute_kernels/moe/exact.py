@@ -64,7 +64,7 @@ def reciprocal(x):
 
 
 def divide(x, y):
-    """x / y, rounded once: where the quotient is exact, as for equal weights, what follows rounds as it does elsewhere."""
+    """x / y, rounded once: where the quotient is exact, as for equal weights, what follows rounds as elsewhere."""
     return _ptx("div.rn.f64 {$w0}, {$r0}, {$r1};", Float64, x, y)
 
 

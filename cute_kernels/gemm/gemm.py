@@ -1,0 +1,193 @@
+"""Grouped GEMM for many rows per expert (sm_90a).
+
+    out[r, n] = sum_k a[r, k] * b[e, n, k]                                                       bf16, e = expert of r
+    out[r, n] = sum_j a_s[r, j] * b_s[e, n / 128, j] * (sum of a * b over K block j of 128)      FP8
+    epilogues: store it | silu(gate) * up of two such columns | the same in e4m3 with a scale per row and 128 columns
+
+Grid: one CTA per SM, persistent over the tiles of all experts (tiles.get_tile); every role walks them by itself.
+A tile is 128 rows of one expert times 256 of its weight rows, or with SwiGLU 128 of gate and the same 128 of up: one
+thread then holds gate and up of the same output, and four lanes all 128 columns of an FP8 group.
+K goes by in blocks of 128 bytes, which are one scale block of FP8.
+
+Roles (384 threads)
+    warps 0-3   WG0   rows 0-63 of the tile, multiplies and stores     232 registers
+    warps 4-7   WG1   rows 64-127                                      232 registers
+    warp  8     loader (TMA), runs ahead of the math across tiles 40 registers; warps 9 to 11 fill up the warpgroup
+A warpgroup whose rows all lie past the expert's last multiplies nothing, which leaves the tensor cores to the other.
+
+One K block
+    bf16   wait full | acc += A B: four m64n256k16 | the block before is done: arrive empty
+    FP8    wait full, then for each half of the columns (one weight scale each): product = A B: four m64n128k32 | wait
+           | after the second half arrive empty | acc += product * scales, while the other warpgroup multiplies
+The scales of the next block are on their way to registers meanwhile, those of the next tile during the epilogue. The
+epilogue stores from registers, while the loader fills the stages for the next tile; the warpgroups do not wait for each
+other.
+
+Pipeline (mbarriers)
+    full[4]    bytes of the boxes: 16384 of A, 32768 of B
+    empty[4]   one arrive of each math warp
+
+Shared memory (bytes): A 4 x 16384, B 4 x 32768, tables 3 x 4096, mbarriers 64.
+
+Rows of a tile past the expert's last are the next expert's or zeros: rows don't mix, and theirs are not stored.
+
+Bounds, per K block and CTA: 1024 tensor cycles, 80 (bf16) or 96 (FP8) bytes a cycle of shared memory, 48 of L2.
+"""
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as hh
+from cutlass import BFloat16, Float8E4M3FN, Float32, GridConstant, Int32, Int64
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.experimental import primitives as prims
+from cutlass.experimental.cuda.tensor_map import TensorMap, create_tensor_map_tiled
+from cutlass.memory import SmemAllocator
+from cutlass.utils import LayoutEnum
+
+from ..jit import Program
+from ..sm90.args import fake_args, param_kinds
+from ..sm90.experts import Tables, fill_tables
+from .config import MAX_EXPERTS, STAGE_BYTES, STAGES, TILE_M, TILE_N, WG_ROWS, GemmConfig
+from .cta import MATH_WARPS, WG, Shared, next_stage
+from .math import Math
+from .tiles import GemmArgs, Place, get_tile, num_tiles
+
+THREADS = 3 * WG
+EVICT_NORMAL = 0x1000000000000000  # L2 policy of CUTLASS
+
+
+class GroupedGemm(Math):
+    def __init__(self, config: GemmConfig):
+        self.config = config
+        self.fp8 = config.dtype == "fp8"
+        self.dtype = Float8E4M3FN if self.fp8 else BFloat16
+        self.block_k = config.block_k
+
+        @cute.struct
+        class Smem:
+            full: cute.struct.MemRange[Int64, STAGES]
+            empty: cute.struct.MemRange[Int64, STAGES]
+            first: cute.struct.MemRange[Int32, MAX_EXPERTS]
+            stop: cute.struct.MemRange[Int32, MAX_EXPERTS]
+            tiles: cute.struct.MemRange[Int32, MAX_EXPERTS]
+            a: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * TILE_M * self.block_k], 1024]
+            b: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * TILE_N * self.block_k], 1024]
+
+        self.Smem = Smem
+
+    # ------------------------------------------------------------------------------------------------ host
+
+    @cute.jit
+    def __call__(self, args: GemmArgs, stream: cuda.CUstream):
+        """The map made here only gives the kernel its parameters: the launcher passes real ones."""
+        fake = create_tensor_map_tiled(Int64(16), BFloat16, [64, 64], [72], [64, 64])
+        self.kernel(fake, fake, args).launch(
+            grid=(1, 1, 1),
+            block=(THREADS, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,
+            use_pdl=True,
+            hint_smem_base_uniform=False,  # else every wgmma descriptor goes through R2UR
+        )
+
+    def make_mma(self):
+        """64 rows times as many weight rows as one instruction takes: all, or with FP8 those of one scale."""
+        return hh.make_trivial_tiled_mma(
+            self.dtype, self.dtype, OperandMajorMode.K, OperandMajorMode.K, Float32,
+            atom_layout_mnk=(1, 1, 1), tiler_mn=(WG_ROWS, TILE_N // 2 if self.fp8 else TILE_N),
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------------------------------------- device
+
+    @cute.kernel
+    def kernel(
+        self,
+        a_map: GridConstant[TensorMap],  # K, rows of a block, blocks
+        b_map: GridConstant[TensorMap],  # K, weight rows of an expert, experts
+        args: GemmArgs,
+    ):
+        tid, _, _ = cute.arch.thread_idx()
+        cta, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        sm = SmemAllocator().allocate(self.Smem)
+        if tid == 0:
+            for i in cutlass.range_constexpr(STAGES):
+                cute.arch.mbarrier_init(sm.full.data_ptr() + i, 1)
+                cute.arch.mbarrier_init(sm.empty.data_ptr() + i, MATH_WARPS)
+        cute.arch.mbarrier_init_fence()
+        kind = hh.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, self.block_k)
+        atom = warpgroup.make_smem_layout_atom(kind, self.dtype)
+        a_stages = cute.tile_to_shape(atom, (TILE_M, self.block_k, STAGES), order=(0, 1, 2))
+        b_stages = cute.tile_to_shape(atom, (TILE_N, self.block_k, STAGES), order=(0, 1, 2))
+        table = cute.make_layout(MAX_EXPERTS)
+        shared = Shared(
+            a=sm.a.data_ptr(),
+            b=sm.b.data_ptr(),
+            sA=sm.a.get_tensor(a_stages.outer, swizzle=a_stages.inner),
+            sB=sm.b.get_tensor(b_stages.outer, swizzle=b_stages.inner),
+            tables=Tables(sm.first.get_tensor(table), sm.stop.get_tensor(table), sm.tiles.get_tensor(table)),
+            full=sm.full.data_ptr(),
+            empty=sm.empty.data_ptr(),
+        )
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        lane = tid % 32
+        if warp_id == 0:
+            fill_tables(args, shared.tables, TILE_M, lane)
+        cute.arch.sync_threads()
+
+        wg = warp_id // 4  # 2 is the loader's
+        place = Place(cta, ctas, lane, wg, wg * WG_ROWS + (warp_id % 4) * 16 + lane // 4)
+        if wg == 2:
+            cute.arch.setmaxregister_decrease(40)
+            if warp_id == 8:
+                self.load(a_map, b_map, args, shared, place)
+        else:
+            cute.arch.setmaxregister_increase(232)
+            if cta < num_tiles(args, shared.tables):
+                self.math(args, self.make_mma(), shared, place)
+
+    @cute.jit
+    def load(self, a_map, b_map, a: GemmArgs, s: Shared, c: Place):
+        """All K blocks of all tiles, as soon as the math frees their place."""
+        box_n = self.config.box_n
+        stage, phase, index = Int32(0), Int32(1), c.cta
+        total = num_tiles(a, s.tables)
+        while index < total:
+            tile = get_tile(a, s.tables, index, c.lane)
+            for block in cutlass.range(a.k_blocks, unroll=1):
+                k = block * self.block_k
+                full = s.full + stage
+                cute.arch.mbarrier_wait(s.empty + stage, phase)
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(full, STAGE_BYTES)
+                    copy_box(s.a + stage * TILE_M * self.block_k, a_map, [k, tile.row, tile.block], full)
+                    for i in cutlass.range_constexpr(TILE_N // box_n):
+                        to = s.b + (stage * TILE_N + i * box_n) * self.block_k
+                        row = tile.column * box_n + i * a.columns  # with two boxes: gate, and up `columns` further
+                        copy_box(to, b_map, [k, row, tile.expert], full)
+                stage, phase = next_stage(stage, phase)
+            index += c.ctas
+
+
+def copy_box(to, tensor_map, coordinates, full):
+    prims.cp_async_bulk_tensor_shared_cta_global(
+        to, tensor_map.get_ptr(), coordinates, full, l2_cache_hint=Int64(EVICT_NORMAL)
+    )
+
+
+def program(config: GemmConfig) -> Program:
+    """The host function and the fake arguments that compile one variant."""
+    kernel = GroupedGemm(config)
+    name = f"cutehop_gemm_{config.dtype}_{config.epilogue}"
+    kernel.kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
+    return Program(
+        host=kernel,
+        args=(fake_args(GemmArgs), cuda.CUstream(0)),
+        threads=THREADS,
+        smem_bytes=kernel.Smem.size_in_bytes(),
+        params=("map", "map", *param_kinds(GemmArgs)),
+        pdl=True,
+    )

@@ -1,0 +1,206 @@
+"""What the grouped GEMM's host side passes to the kernel, without a GPU: sizes, strides and tensor maps.
+
+The kernel's walk over tiles and its loads are done here by the values that the launch would get. A TMA load is a gather
+by the map's strides out of the operand's own storage, zeros outside the map's extents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from cutehop.cute_kernels import gemm
+from cutehop.cute_kernels.gemm import config as cfg
+from cutehop.cute_kernels.jit import tensormap
+from cutehop.ops import _gemm_cuda, moe  # noqa: F401
+from tests.gemm_cases import Case, Inputs, build, failures
+
+POINTERS = ("rows", "a_scales", "b_scales", "out", "out_scales")
+
+
+@dataclass(frozen=True)
+class Map:
+    """The arguments of one `tensor_map`, strides in elements."""
+
+    ptr: int
+    dims: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+
+    def load(self, memory: Tensor, *start: int) -> Tensor:
+        """float32 (rows, columns) of the box at `start` (innermost first)."""
+        offset = (self.ptr - memory.untyped_storage().data_ptr()) // memory.element_size()
+        whole = memory.as_strided(self.dims[::-1], (1, *self.strides)[::-1], offset)
+        there = whole[tuple(slice(first, first + n) for first, n in zip(start[::-1], self.box[::-1]))].float()
+        box = torch.zeros(self.box[::-1])
+        box[tuple(slice(n) for n in there.shape)] = there
+        return box[0]
+
+
+@pytest.fixture(autouse=True)
+def recorded(monkeypatch):
+    """Maps in place of the driver's encoding, a config in place of a loaded kernel."""
+
+    def record(ptr, dtype, dims, strides_bytes, box):
+        tensormap._validate(ptr, dtype, dims, strides_bytes, box, 128)
+        size = {"bf16": 2, "u8": 1}[dtype]
+        return Map(ptr, dims, tuple(stride // size for stride in strides_bytes), box)
+
+    monkeypatch.setattr(_gemm_cuda, "tensor_map", record)
+    monkeypatch.setattr(gemm, "gemm_kernel", lambda config, stream: config)
+
+
+def parameters(call) -> SimpleNamespace:
+    """The launch's sizes by the names of the kernel's parameters."""
+    from cutehop.cute_kernels.gemm.tiles import GemmArgs
+
+    names = [name for name in GemmArgs.__dataclass_fields__ if name not in POINTERS]
+    assert len(names) == len(call.sizes)
+    return SimpleNamespace(**dict(zip(names, call.sizes)))
+
+
+def walk(p: SimpleNamespace, rows: list[int]):
+    """(expert, block, row, live, column) of every tile, in the order in which CTAs take them."""
+    before = 0
+    for expert, value in enumerate(rows):
+        stop, first = min(max(value, 0), p.limit), 0
+        if p.block_rows == 0:
+            first, stop = before, max(stop, before)
+            before = stop
+        tiles = -(-(stop - first) // cfg.TILE_M)
+        for band in range(0, tiles, cfg.RASTER_ROWS):
+            for column in range(p.column_tiles):
+                for tile in range(band, min(band + cfg.RASTER_ROWS, tiles)):
+                    row = first + tile * cfg.TILE_M
+                    yield expert, expert if p.block_rows else 0, row, stop - row, column
+
+
+def execute(x: Inputs) -> tuple[Tensor, Tensor]:
+    """The outputs of a launch."""
+    strides = None if x.a_scales is None else x.a_scales.stride()
+    config = cfg.GemmConfig("fp8" if x.case.fp8 else "bf16", x.case.epilogue)
+    call = _gemm_cuda._prepare("grouped_gemm", config, x.a, x.b, strides, 0)
+    p = parameters(call)
+    out, out_scales = x.outputs()
+    flat = out.view(-1, p.columns)
+    assert 1 <= call.grid[0] <= 132
+    for expert, block, row, live, column in walk(p, x.rows.tolist()):
+        boxes = [column * config.box_n + i * p.columns for i in range(cfg.TILE_N // config.box_n)]
+        acc = torch.zeros(cfg.TILE_M, cfg.TILE_N)
+        for kb in range(p.k_blocks):
+            a = call.a_map.load(x.a, kb * config.block_k, row, block)
+            b = torch.cat([call.b_map.load(x.b, kb * config.block_k, n, expert) for n in boxes])
+            product = a @ b.t()
+            if config.dtype == "fp8":
+                product = product * scales_of(x, p, config, expert, block, row, live, column, kb)
+            acc += product
+        n = min(live, cfg.TILE_M)
+        if config.paired:
+            acc = torch.nn.functional.silu(acc[:, : cfg.GROUP]) * acc[:, cfg.GROUP :]
+        target = flat[block * p.block_rows + row :][:n, column * config.tile_out :][:, : config.tile_out]
+        if config.epilogue == "swiglu_fp8":
+            from cutehop.ref.quant import quantize_fp8
+
+            acc, scales = quantize_fp8(acc[:n])
+            out_scales.view(-1, p.columns // cfg.GROUP)[block * p.block_rows + row :][:n, column] = scales[:, 0]
+        target.copy_(acc[:n, : target.shape[1]])
+    return out, out_scales
+
+
+def scales_of(x: Inputs, p, config, expert, block, row, live, column, kb) -> Tensor:
+    """Factors of a tile's product, as math.Math.scale_places finds them."""
+    rows = torch.arange(cfg.TILE_M)
+    rows = torch.where(rows < live, rows, 0) + row
+    flat = x.a_scales.as_strided((x.a_scales.untyped_storage().nbytes() // 4,), (1,), 0)
+    mine = flat[block * p.a_scale_block + rows * p.a_scale_row + kb * p.a_scale_k]
+    left = column if config.paired else 2 * column
+    right = left + (p.b_scale_rows // 2 if config.paired else 1)
+    right = right if right < p.b_scale_rows else left
+    weights = x.b_scales.view(-1)[[(expert * p.b_scale_rows + half) * p.k_blocks + kb for half in (left, right)]]
+    return mine[:, None] * weights.repeat_interleave(cfg.GROUP)[None]
+
+
+CASES = [
+    Case((70, 0, 130, 300), 264, 72),
+    Case((70, 0, 130, 300), 264, 72, block_rows=310),
+    Case((70, 129), 384, 192, epilogue="swiglu"),
+    Case((70, 129), 256, 128, epilogue="swiglu_fp8", block_rows=129),
+    Case((1, 200, 3), 640, 256, fp8=True),
+    Case((1, 200, 3), 384, 256, fp8=True, block_rows=250),
+    Case((40, 90), 768, 256, fp8=True, epilogue="swiglu"),
+    Case((40, 90), 512, 128, fp8=True, epilogue="swiglu_fp8", block_rows=100),
+    Case((5,), 8, 8, tail=0),
+    Case((128 * (cfg.RASTER_ROWS + 2) + 1, 128), 520, 8),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_launch_computes_the_reference(case):
+    x = build(case, "cpu")
+    assert not failures(x, *execute(x))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[4], CASES[5]], ids=str)
+def test_strides(case):
+    """Rows further apart than their columns, weights that are part of a larger tensor, scales by column."""
+    x = build(case, "cpu")
+    wide = torch.zeros((*x.a.shape[:-1], case.k + 64), dtype=x.a.dtype)[..., 64:]
+    wide.copy_(x.a)
+    b = torch.zeros((len(case.counts), case.n + 9, case.k + 128), dtype=x.b.dtype)[:, 9:, : case.k]
+    b.copy_(x.b)
+    scales = None if x.a_scales is None else x.a_scales.transpose(-1, -2).contiguous().transpose(-1, -2)
+    y = replace(x, a=wide, b=b, a_scales=scales)
+    assert not failures(y, *execute(y))
+
+
+@pytest.mark.parametrize("rows", [(-5, 40, 20, 90, 1 << 30), (200, 100, 300, 250, 400), (-1, -2, -3, -4, -5)])
+def test_ends_that_make_no_sense(rows):
+    x = replace(build(Case((100,) * 5, 264, 64, tail=0), "cpu"), rows=torch.tensor(rows, dtype=torch.int32))
+    assert not failures(x, *execute(x))
+
+
+def test_a_walk_keeps_what_runs_at_a_time_together():
+    """132 consecutive tiles of one large expert need few distinct row and column tiles."""
+    p = SimpleNamespace(limit=1 << 20, block_rows=0, column_tiles=28)
+    tiles = list(walk(p, [128 * 256]))
+    assert len(tiles) == len(set(tiles)) == 256 * 28
+    for start in range(0, len(tiles) - 132, 131):
+        window = tiles[start : start + 132]
+        assert len({row for _, _, row, _, _ in window}) <= 2 * cfg.RASTER_ROWS
+        assert len({(row, column) for _, _, row, _, column in window}) == 132
+
+
+def test_no_more_ctas_than_tiles_or_sms():
+    store = cfg.GemmConfig("bf16", "store")
+    assert cfg.num_ctas(32, 32768, 4096, store, 132) == 132
+    assert cfg.num_ctas(1, 1, 256, store, 132) == 2
+    assert cfg.num_ctas(1, 1, 256, cfg.GemmConfig("bf16", "swiglu"), 132) == 4
+
+
+def test_addresses_and_sizes_that_do_not_fit_are_refused():
+    b = torch.empty((cfg.MAX_EXPERTS + 1, 8, 8), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"1025 experts, supported 1\.\.1024"):
+        _gemm_cuda._prepare("grouped_gemm", cfg.GemmConfig("bf16", "store"), b[0], b, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("experts", "limit", "masked", "expected_rows", "few"),
+    [
+        (32, 32768, False, 0, False),
+        (32, 4096, False, 0, False),
+        (32, 1024, False, 0, True),
+        (32, 32768, False, 16, True),  # the hint wins: most rows of a static capacity are unused
+        (32, 512, True, 0, False),
+        (32, 512, True, 8, True),
+        (32, 32, True, 0, True),
+        (cfg.MAX_EXPERTS, 1024, False, 0, False),  # more than the other kernel takes
+    ],
+)
+def test_few_rows_per_expert_take_the_other_kernel(experts, limit, masked, expected_rows, few):
+    config = cfg.choose("fp8", "swiglu", experts, limit, masked, expected_rows)
+    assert isinstance(config, cfg.GemmConfig) is not few
+    assert (config.dtype, config.epilogue) == ("fp8", "swiglu")
