@@ -25,6 +25,7 @@ from cutlass.memory import SmemAllocator
 
 from ...cute_kernels.jit import Program
 from ...cute_kernels.sm90 import ptx
+from ...cute_kernels.sm90.address import ld_f32, ld_i32, ld_vector, st_i32
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import LINE, MAX_RANKS
 from .config import MAX_STAGES, PIECE_BYTES, TEAM_RING_BYTES, TEAM_WARPS, TEAMS, WEIGHT_WARPS
@@ -38,14 +39,10 @@ from .verbs import (
     Group,
     aborted,
     last_to_arrive,
-    ld_f32,
-    ld_i32,
-    ld_vector,
     may_proceed,
     peer_base,
     read_epoch,
     signal_peers,
-    st_i32,
     wait_flag,
 )
 

@@ -11,6 +11,7 @@ from cutlass import Boolean, Int32, Int64
 from cutlass.memory import SmemAllocator
 
 from ...cute_kernels.jit import Program
+from ...cute_kernels.sm90.address import ld_i32, st_i32
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import LINE
 from .config import SEND_THREADS
@@ -24,12 +25,10 @@ from .verbs import (
     copy_vectors,
     in_batches,
     last_to_arrive,
-    ld_i32,
     may_proceed,
     read_epoch,
     report,
     signal_peers,
-    st_i32,
     wait_flag,
 )
 

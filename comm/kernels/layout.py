@@ -18,9 +18,9 @@ from cutlass.memory import SmemAllocator
 
 from ...cute_kernels.jit import Program
 from ...cute_kernels.sm90 import ptx
+from ...cute_kernels.sm90.address import ld_id, st_i32, st_u8
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from .config import LAYOUT_CLUSTER, LAYOUT_COUNTERS, LAYOUT_THREADS
-from .verbs import ld_id, st_i32, st_u8
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from cutlass import Int32, Int64, Uint8, const_expr
 from cutlass.memory import SmemAllocator
 
 from ...cute_kernels.jit import Program
+from ...cute_kernels.sm90.address import ld_i32
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import MAX_LOCAL_EXPERTS, MAX_RANKS
 from . import ll_combine_receive, ll_combine_send
@@ -17,7 +18,7 @@ from .config import MAX_STAGES, RINGS, SEND_RING_BYTES, Parts, RemoteParts
 from .ll_combine_receive import CombineReceiver, LlCombineReceiveArgs
 from .ll_combine_send import CombineSender, LlCombineSendArgs
 from .ll_remote import RemoteGroup
-from .verbs import Group, ld_i32
+from .verbs import Group
 
 
 class LlCombine(CombineSender, CombineReceiver):

@@ -13,6 +13,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Boolean, Float32, Int32, Int64
 
 from ...cute_kernels.sm90 import ptx
+from ...cute_kernels.sm90.address import ld_f32, ld_i64, ld_id, ld_vector, st_i64
 from .config import REDUCE_WARPS
 from .ll_verbs import (
     ACK,
@@ -23,16 +24,7 @@ from .ll_verbs import (
     start_next_kernel,
     wait_data,
 )
-from .verbs import (
-    Group,
-    is_masked,
-    ld_f32,
-    ld_i64,
-    ld_id,
-    ld_vector,
-    may_proceed,
-    st_i64,
-)
+from .verbs import Group, is_masked, may_proceed
 
 THREADS = 32 * REDUCE_WARPS
 BATCH = 4  # rows whose loads are in flight together

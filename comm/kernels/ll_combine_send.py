@@ -12,6 +12,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64, const_expr
 
+from ...cute_kernels.sm90.address import ld_i32, st_i32
 from ..config import MAX_LOCAL_EXPERTS, MAX_RANKS
 from ..ll_config import SLOTS
 from .config import MAX_STAGES, RINGS, SEND_RING_BYTES
@@ -29,7 +30,7 @@ from .ll_verbs import (
     start_next_kernel,
 )
 from .ring import EMPTY, drain, make_ring, move_row
-from .verbs import PHASE, Group, copy_vectors, is_masked, ld_i32, may_proceed, st_i32, wait_flag
+from .verbs import PHASE, Group, copy_vectors, is_masked, may_proceed, wait_flag
 
 THREADS = 32 * RINGS
 

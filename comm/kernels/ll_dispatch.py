@@ -11,6 +11,7 @@ from cutlass import Int32, Int64, Uint8, const_expr
 from cutlass.memory import SmemAllocator
 
 from ...cute_kernels.jit import Program
+from ...cute_kernels.sm90.address import ld_i32
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import MAX_RANKS
 from . import ll_dispatch_receive, ll_dispatch_send
@@ -18,7 +19,7 @@ from .config import COPY_WARPS, IDS, MAX_EXPERTS, MAX_TEAMS, Parts, RemoteParts,
 from .ll_dispatch_receive import DispatchReceiver, LlDispatchReceiveArgs
 from .ll_dispatch_send import HEAD_WORDS, DispatchSender, LlDispatchSendArgs
 from .ll_remote import RemoteGroup
-from .verbs import Group, ld_i32
+from .verbs import Group
 
 
 class LlDispatch(DispatchSender, DispatchReceiver):

@@ -15,6 +15,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64, Uint8, const_expr
 from cutlass.experimental import primitives as prims
 
+from ...cute_kernels.sm90.address import ld_i32, ld_i64, st_i32, st_i64
 from ..config import MAX_RANKS
 from .config import COPY_WARPS, MAX_EXPERTS
 from .ll_verbs import (
@@ -27,18 +28,7 @@ from .ll_verbs import (
     start_next_kernel,
     wait_data,
 )
-from .verbs import (
-    GMEM,
-    PHASE,
-    Group,
-    aborted,
-    ld_i32,
-    ld_i64,
-    may_proceed,
-    st_i32,
-    st_i64,
-    wait_count,
-)
+from .verbs import GMEM, PHASE, Group, aborted, may_proceed, wait_count
 
 THREADS = 32 * COPY_WARPS  # of a CTA that only receives; more may be there
 COUNT_THREADS = THREADS - 32

@@ -21,6 +21,7 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint8, const_expr
 from cutlass.experimental import primitives as prims
 
 from ...cute_kernels.sm90 import ptx
+from ...cute_kernels.sm90.address import ld_id, ld_vector, st_i32
 from ..config import MAX_RANKS
 from ..ll_config import MAX_TOPK, SLOTS
 from .config import BF16, F32_SCALES, IDS, INDEX_WARPS, TOKEN_WARPS, UE8M0_SCALES
@@ -38,19 +39,7 @@ from .ll_verbs import (
     slot_of,
     start_next_kernel,
 )
-from .verbs import (
-    GMEM,
-    PHASE,
-    Group,
-    is_masked,
-    ld_id,
-    ld_vector,
-    may_proceed,
-    peer_base,
-    send_count,
-    st_i32,
-    wait_flag,
-)
+from .verbs import GMEM, PHASE, Group, is_masked, may_proceed, peer_base, send_count, wait_flag
 
 TOKEN_THREADS = 32 * TOKEN_WARPS
 INDEX_THREADS = 32 * INDEX_WARPS

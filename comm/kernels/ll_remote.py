@@ -16,8 +16,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 
+from ...cute_kernels.sm90.address import ld_i32
 from . import nvshmem_library
-from .verbs import Group, ld_i32, set_flag
+from .verbs import Group, set_flag
 
 # Values of NVSHMEM's enumerations.
 SIGNAL_SET = 9

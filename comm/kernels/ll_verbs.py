@@ -4,10 +4,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int64, const_expr
 
+from ...cute_kernels.sm90.address import ld_i32, st_i32
 from ..config import LINE, MAX_RANKS
 from ..ll_config import LL_KERNELS, SLOTS, LlConfig, LlLayout
 from .ll_remote import see_data, set_flag_of
-from .verbs import PHASE, Group, aborted, is_masked, last_to_arrive, ld_i32, peer_base, st_i32, wait_flag
+from .verbs import PHASE, Group, aborted, is_masked, last_to_arrive, peer_base, wait_flag
 
 _ANY = LlLayout(LlConfig(ranks=1, hidden=128, max_tokens=1, num_experts=1, max_topk=1))
 READY = _ANY.ready.offset

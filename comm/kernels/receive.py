@@ -22,6 +22,7 @@ from cutlass.memory import SmemAllocator
 
 from ...cute_kernels.jit import Program
 from ...cute_kernels.sm90 import ptx
+from ...cute_kernels.sm90.address import ld_i32, ld_vector, st_i32, st_i64
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import LINE, MAX_RANKS
 from .config import CHUNK, MAX_STAGES, MOVERS, RING_BYTES, SIDE_CHUNK, SIDE_WARPS
@@ -36,14 +37,10 @@ from .verbs import (
     aborted,
     in_batches,
     last_to_arrive,
-    ld_i32,
-    ld_vector,
     may_proceed,
     peer_base,
     read_epoch,
     signal_peers,
-    st_i32,
-    st_i64,
     wait_flag,
 )
 

@@ -18,6 +18,7 @@ from cutlass import Boolean, Int32, Int64
 from cutlass.memory import SmemAllocator
 
 from ...cute_kernels.jit import Program
+from ...cute_kernels.sm90.address import ld_i32, ld_id, ld_u8, st_i32, st_i64
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import LINE, MAX_RANKS
 from .config import SEND_THREADS
@@ -32,17 +33,12 @@ from .verbs import (
     copy_vectors,
     in_batches,
     last_to_arrive,
-    ld_i32,
-    ld_id,
-    ld_u8,
     may_proceed,
     peer_base,
     read_epoch,
     report,
     send_count,
     signal_peers,
-    st_i32,
-    st_i64,
     wait_count,
     wait_flag,
 )

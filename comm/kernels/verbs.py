@@ -10,9 +10,10 @@ from typing import ClassVar
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64
+from cutlass import Boolean, Int32, Int64
 
 from ...cute_kernels.sm90 import ptx
+from ...cute_kernels.sm90.address import ld_i32, ld_i64, ld_vector, st_i32, st_i64
 from ..config import LINE, EpConfig
 from ..layout import KERNELS, OPERATIONS, PHASES, EpLayout
 
@@ -43,55 +44,6 @@ class Group:
     timeout_ns: Int64
     rank: Int32
     ranks: Int32
-
-
-def ld_i32(address):
-    return cute.arch.load(cute.make_ptr(Int32, address, GMEM, assumed_align=4), Int32)
-
-
-def ld_i64(address):
-    return cute.arch.load(cute.make_ptr(Int64, address, GMEM, assumed_align=8), Int64)
-
-
-def ld_u8(address):
-    """One byte, as an Int32."""
-    return cute.arch.inline_ptx("ld.global.u8 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
-
-
-@cute.jit
-def ld_id(ids, i, id_bytes):
-    """Element i of int64 or int32 expert ids; one that needs more than 32 bits becomes -1, which is no expert."""
-    expert = ld_i32(ids + Int64(i) * id_bytes)
-    if id_bytes == 8:
-        if ld_i32(ids + Int64(i) * 8 + 4) != expert >> 31:
-            expert = Int32(-1)
-    return expert
-
-
-def ld_f32(address):
-    return ld_i32(address).bitcast(Float32)
-
-
-def st_u8(address, value):
-    """The low byte of an Int32."""
-    cute.arch.inline_ptx("st.global.u8 [{$r0}], {$r1};", read_only_args=[address, value])
-
-
-def st_i32(address, value):
-    cute.arch.store(cute.make_ptr(Int32, address, GMEM, assumed_align=4), value)
-
-
-def st_i64(address, value):
-    cute.arch.store(cute.make_ptr(Int64, address, GMEM, assumed_align=8), value)
-
-
-def ld_vector(address):
-    """16 bytes as four Int32."""
-    return cute.arch.inline_ptx(
-        "ld.global.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
-        write_only_types=[Int32, Int32, Int32, Int32],
-        read_only_args=[address],
-    )
 
 
 def peer_base(g: Group, r):

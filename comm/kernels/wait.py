@@ -7,9 +7,10 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from ...cute_kernels.jit import Program
+from ...cute_kernels.sm90.address import ld_i32
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import LINE
-from .verbs import Group, ld_i32, wait_flag
+from .verbs import Group, wait_flag
 
 
 @dataclass(frozen=True)

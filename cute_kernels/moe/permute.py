@@ -22,9 +22,9 @@ from cutlass.experimental import primitives as prims
 from cutlass.memory import SmemAllocator
 
 from ..jit import Program
+from ..sm90.address import bytes_at, ld_i32, st_i32
 from ..sm90.args import fake_args, param_kinds
 from .config import MAX_STAGES, MOVERS, RING_BYTES, SIDE_WARPS, WARP
-from .memory import bytes_at, ld_i32, st_i32
 
 THREADS = WARP * (MOVERS + SIDE_WARPS)
 

@@ -16,9 +16,9 @@ from cutlass import Float32, Int32, Int64
 
 from ..jit import Program
 from ..sm90 import ptx
+from ..sm90.address import ld_vector_if, st_f32, unpack_bf16
 from ..sm90.args import fake_args, param_kinds
 from .config import FP8_GROUP, QUANT_THREADS, QUANT_VECTORS
-from .memory import ld_vector_if, st_f32, unpack_bf16
 
 FP8_MAX, FP8_MIN_AMAX = 448.0, 1e-4
 LANES = FP8_GROUP // 8  # of a group

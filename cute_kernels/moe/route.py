@@ -16,10 +16,10 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Float64, Int32, Int64, const_expr
 
 from ..jit import Program
+from ..sm90.address import ld_bf16, ld_f32, st_f32, st_i64
 from ..sm90.args import fake_args, param_kinds
 from . import exact
 from .config import ROUTE_THREADS, WARP, RouteConfig
-from .memory import ld_bf16, ld_f32, st_f32, st_i64
 
 GONE = -(2**31)  # key of an expert that cannot be chosen (any more); that of -inf is higher
 NO_EXPERT = 2**31 - 1

@@ -22,9 +22,9 @@ from cutlass.memory import SmemAllocator
 
 from ..jit import Program
 from ..sm90 import ptx
+from ..sm90.address import ld_id, st_i32
 from ..sm90.args import fake_args, param_kinds
 from .config import MAX_EXPERTS, SORT_CLUSTER, SORT_THREADS, SORT_WARPS, WARP, sort_smem_bytes
-from .memory import ld_id, st_i32
 
 
 @dataclass(frozen=True)

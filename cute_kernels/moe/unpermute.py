@@ -15,9 +15,9 @@ from cutlass import BFloat16, Float32, Int32, Int64
 
 from ..jit import Program
 from ..sm90 import ptx
+from ..sm90.address import ld_f32, ld_i32, ld_vector_if, unpack_bf16
 from ..sm90.args import fake_args, param_kinds
 from .config import REDUCE_COLUMNS, REDUCE_THREADS, WARP
-from .memory import ld_f32, ld_i32, ld_vector_if, unpack_bf16
 
 BATCH = 8  # rows whose loads are in flight together
 

@@ -18,9 +18,9 @@ from cutlass.memory import SmemAllocator
 
 from ..jit import Program
 from ..sm90 import ptx
+from ..sm90.address import ld_f32, ld_i32, ld_u8, ld_vector, st_f32, unpack_bf16
 from ..sm90.args import fake_args, param_kinds
 from .config import REDUCE_THREADS, WARP
-from .memory import ld_f32, ld_i32, ld_u8, ld_vector, st_f32, unpack_bf16
 
 WARPS = REDUCE_THREADS // WARP
 MAX_TOPK = 32

@@ -15,7 +15,7 @@ from torch import Tensor
 from cutehop.cute_kernels import gemm
 from cutehop.cute_kernels.errors import check
 from cutehop.cute_kernels.gemm import config as cfg
-from cutehop.cute_kernels.jit import Kernel, TensorMap, tensor_map
+from cutehop.cute_kernels.jit import Kernel, TensorMap
 from cutehop.ops import _gemm_decode_cuda as decode
 from cutehop.ops._mla_checks import sms_of
 
@@ -152,20 +152,7 @@ def _prepare(
     return _Call(
         kernel=gemm.gemm_kernel(config, stream),
         grid=(ctas, 1, 1),
-        a_map=_map(a if a.dim() == 3 else a.unsqueeze(0), cfg.TILE_M, config),
-        b_map=_map(b, config.box_n, config),
+        a_map=decode.operand_map(a if a.dim() == 3 else a.unsqueeze(0), cfg.TILE_M, config),
+        b_map=decode.operand_map(b, config.box_n, config),
         sizes=sizes,
-    )
-
-
-def _map(tensor: Tensor, box_rows: int, config: cfg.GemmConfig) -> TensorMap:
-    """Map of (blocks, rows, K), boxes of one K block and `box_rows` rows. An extent of 1 may carry any stride, which
-    the encoder would refuse."""
-    steps = [step if size > 1 else tensor.shape[2] for step, size in zip(tensor.stride(), tensor.shape)]
-    return tensor_map(
-        tensor.data_ptr(),
-        "bf16" if config.dtype == "bf16" else "u8",
-        (tensor.shape[2], tensor.shape[1], tensor.shape[0]),
-        (steps[1] * config.element_bytes, steps[0] * config.element_bytes),
-        (config.block_k, box_rows, 1),
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cutehop.cute_kernels import gemm_decode
 from cutehop.cute_kernels.errors import check
+from cutehop.cute_kernels.gemm.config import GemmConfig
 from cutehop.cute_kernels.gemm_decode import config as cfg
 from cutehop.cute_kernels.jit import Kernel, TensorMap, tensor_map
 from cutehop.cute_kernels.mla.config import HEAD_DIM_V, TILE_M
@@ -122,14 +123,14 @@ def _prepare(
     return _Call(
         kernel=gemm_decode.gemm_decode_kernel(config, stream),
         grid=(ctas, 1, 1),
-        x_map=_map(a if masked else a.unsqueeze(0), cfg.BOX_N, config),
-        w_map=_map(b, cfg.HALF_ROWS, config),
+        x_map=operand_map(a if masked else a.unsqueeze(0), cfg.BOX_N, config),
+        w_map=operand_map(b, cfg.HALF_ROWS, config),
         scratch=(-(-2 * ctas * config.partial_bytes // _SCRATCH_TILE_BYTES), ctas, 0),
         sizes=sizes,
     )
 
 
-def _map(tensor: Tensor, box_rows: int, config: cfg.GemmDecodeConfig) -> TensorMap:
+def operand_map(tensor: Tensor, box_rows: int, config: cfg.GemmDecodeConfig | GemmConfig) -> TensorMap:
     """Map of (blocks, rows, K), boxes of one K block and `box_rows` rows. An extent of 1 may carry any stride, which
     the encoder would refuse."""
     steps = [step if size > 1 else tensor.shape[2] for step, size in zip(tensor.stride(), tensor.shape)]

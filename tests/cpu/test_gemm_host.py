@@ -16,7 +16,7 @@ from torch import Tensor
 from cutehop.cute_kernels import gemm
 from cutehop.cute_kernels.gemm import config as cfg
 from cutehop.cute_kernels.jit import tensormap
-from cutehop.ops import _gemm_cuda, moe  # noqa: F401
+from cutehop.ops import _gemm_cuda, _gemm_decode_cuda, moe  # noqa: F401
 from tests.gemm_cases import Case, Inputs, build, failures
 
 POINTERS = ("rows", "a_scales", "b_scales", "out", "out_scales")
@@ -50,7 +50,7 @@ def recorded(monkeypatch):
         size = {"bf16": 2, "u8": 1}[dtype]
         return Map(ptr, dims, tuple(stride // size for stride in strides_bytes), box)
 
-    monkeypatch.setattr(_gemm_cuda, "tensor_map", record)
+    monkeypatch.setattr(_gemm_decode_cuda, "tensor_map", record)
     monkeypatch.setattr(gemm, "gemm_kernel", lambda config, stream: config)
 
 

@@ -14,6 +14,10 @@ def st_i32(address, value):
     cute.arch.store(cute.make_ptr(Int32, address, GMEM, assumed_align=4), value)
 
 
+def ld_i64(address):
+    return cute.arch.load(cute.make_ptr(Int64, address, GMEM, assumed_align=8), Int64)
+
+
 def ld_f32(address):
     return ld_i32(address).bitcast(Float32)
 
@@ -29,6 +33,11 @@ def st_i64(address, value):
 def ld_u8(address):
     """One byte, as an Int32."""
     return cute.arch.inline_ptx("ld.global.u8 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
+
+
+def st_u8(address, value):
+    """The low byte of an Int32."""
+    cute.arch.inline_ptx("st.global.u8 [{$r0}], {$r1};", read_only_args=[address, value])
 
 
 def ld_bf16(address):
