@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tools.bench import gemm
+from tools.bench import gemm, row_bench
 from tools.bench.roofline import Ceilings
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_every_implementation_is_right(fp8, epilogue):
 def test_report(tmp_path, monkeypatch, capsys):
     row = gemm.Row("up", False, 64, goal_ratio=1.4, **TINY)
     monkeypatch.setattr(gemm, "ROWS", (row,))
-    monkeypatch.setattr(gemm, "measure_ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(row_bench, "measure_ceilings", lambda device: CEILINGS)
     monkeypatch.setattr(gemm.torch.cuda, "is_available", lambda: False)
     assert gemm.main(["--repeats", "1", "--out", str(tmp_path)]) == 0
     assert row.name in capsys.readouterr().out

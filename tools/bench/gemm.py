@@ -12,16 +12,11 @@ Exit status 1 if a result was wrong or an implementation failed.
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +24,8 @@ from torch import Tensor
 
 from cutehop.ops import moe  # noqa: F401
 from cutehop.ref.quant import FP8_MAX, dequantize_fp8, quantize_blocks, quantize_fp8
-from tools.bench.report import RESULTS, git, machine_of
-from tools.bench.roofline import Ceilings, measure_ceilings
+from tools.bench.roofline import Ceilings
+from tools.bench.row_bench import RowBench, columns
 from tools.bench.timing import interleave, make_lane
 
 EXPERTS, RANKS, ALL_EXPERTS, TOPK = 32, 8, 256, 8
@@ -283,66 +278,19 @@ def table(report: dict[str, Any]) -> str:
         ]
         met = "" if r["met"] is None else ("yes" if r["met"] else "missed")
         lines.append([r["name"], *times, *numbers, "FAILED" if r["failed"] else met])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "  ".join([f"{line[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:]))]) for line in lines
-    ]
+    text = columns(lines)
     ceilings = report["ceilings"]
     text.append(f"read {ceilings['read_gbs']:.0f} GB/s, bf16 matmul {ceilings['matmul_tflops']:.0f} TFLOPS")
     return "\n".join([*text, *epilogue_costs(report["rows"])])
 
 
-def run(rows: Sequence[Row], device: torch.device, repeats: int, out: Path) -> dict[str, Any]:
-    """All rows; gemm-<date>.json in `out` is rewritten after each."""
-    ceilings = measure_ceilings(device)
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    report: dict[str, Any] = {
-        "schema": 1,
-        "bench": "gemm",
-        "date": date,
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_modified": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "machine": machine_of(device),
-        "settings": {"repeats": repeats},
-        "ceilings": asdict(ceilings),
-        "rows": [],
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"gemm-{re.sub('[-:]', '', date).split('+')[0]}.json"
-    for i, row in enumerate(rows):
-        print(f"[{i + 1}/{len(rows)}] {row.name}", file=sys.stderr, flush=True)
-        found = run_row(row, ceilings, device, repeats)
-        for name, problem in found["failed"].items():
-            print(f"  {name}: {problem}", file=sys.stderr, flush=True)
-        report["rows"].append(found)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(report, indent=1) + "\n")
-        part.replace(path)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    print(f"written: {path}", file=sys.stderr, flush=True)
-    return report
+def went_wrong(row: dict[str, Any]) -> bool:
+    return bool(row["failed"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench.gemm", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--rows", metavar="REGEX", default="", help="only rows whose name matches, e.g. 'm32768.*store'"
-    )
-    parser.add_argument("--repeats", type=int, default=20, help="samples of each implementation (default %(default)s)")
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, default=RESULTS, help="where the JSON goes (default %(default)s)"
-    )
-    options = parser.parse_args(argv)
-    rows = [row for row in ROWS if re.search(options.rows, row.name)]
-    if not rows or options.repeats < 1:
-        parser.error(
-            f"--rows {options.rows!r} matches {len(rows)} rows, --repeats {options.repeats}: at least 1 of each"
-        )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = run(rows, device, options.repeats, options.out)
-    print(table(report))
-    return int(any(row["failed"] for row in report["rows"]))
+    bench = RowBench("gemm", __doc__ or "", "m32768.*store", ROWS, run_row, table, went_wrong)
+    return bench.main(argv)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,10 @@ Exit status 1 if a result was wrong or ours failed. A machine without a compiler
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +22,8 @@ from torch import Tensor
 from cutehop.ops import moe  # noqa: F401
 from cutehop.ref import moe as ref
 from cutehop.ref.quant import FP8_GROUP, FP8_MAX, FP8_MIN_AMAX, dequantize_fp8, quantize_fp8
-from tools.bench.report import RESULTS, git, machine_of
-from tools.bench.roofline import Ceilings, measure_ceilings
+from tools.bench.roofline import Ceilings
+from tools.bench.row_bench import RowBench, columns
 from tools.bench.timing import interleave, make_lane
 
 HIDDEN, EXPERTS, TOPK, GROUPS, KEPT_GROUPS = 7168, 256, 8, 8, 4
@@ -275,61 +270,19 @@ def table(report: dict[str, Any]) -> str:
         ]
         goal = "-" if r["goal_us"] is None else f"{r['goal_us']:.1f} {'met' if r['met'] else 'missed'}"
         lines.append([r["name"], *times, *numbers, goal])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "  ".join([f"{line[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:]))]) for line in lines
-    ]
+    text = columns(lines)
     ceilings = report["ceilings"]
     return "\n".join([*text, f"copy {ceilings['copy_gbs']:.0f} GB/s, read {ceilings['read_gbs']:.0f} GB/s"])
 
 
-def run(rows: Sequence[Row], device: torch.device, repeats: int, out: Path) -> dict[str, Any]:
-    """All rows; moe-<date>.json in `out` is rewritten after each."""
-    ceilings = measure_ceilings(device)
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    report: dict[str, Any] = {
-        "schema": 1,
-        "bench": "moe",
-        "date": date,
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_modified": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "machine": machine_of(device),
-        "settings": {"repeats": repeats},
-        "ceilings": asdict(ceilings),
-        "rows": [],
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"moe-{re.sub('[-:]', '', date).split('+')[0]}.json"
-    for i, row in enumerate(rows):
-        print(f"[{i + 1}/{len(rows)}] {row.name}", file=sys.stderr, flush=True)
-        found = run_row(row, ceilings, device, repeats)
-        for name, problem in found["failed"].items():
-            print(f"  {name}: {problem}", file=sys.stderr, flush=True)
-        report["rows"].append(found)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(report, indent=1) + "\n")
-        part.replace(path)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    print(f"written: {path}", file=sys.stderr, flush=True)
-    return report
+def went_wrong(row: dict[str, Any]) -> bool:
+    """Ours failed, or anybody's result was wrong. A baseline that cannot run is no failure."""
+    return OURS in row["failed"] or any("wrong" in problem for problem in row["failed"].values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench.moe", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--rows", metavar="REGEX", default="", help="only rows whose name matches, e.g. 'permute.*4096'"
-    )
-    parser.add_argument("--repeats", type=int, default=20, help="samples of each implementation (default %(default)s)")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=RESULTS, help="where the JSON goes")
-    args = parser.parse_args(argv)
-    rows = [row for row in ROWS if re.search(args.rows, row.name)]
-    if not rows:
-        parser.error(f"--rows {args.rows!r} matches none of the {len(ROWS)} rows; names look like {ROWS[0].name}")
-    report = run(rows, torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.repeats, args.out)
-    print(table(report))
-    wrong = [r for r in report["rows"] if OURS in r["failed"] or any("wrong" in f for f in r["failed"].values())]
-    return int(bool(wrong))
+    bench = RowBench("moe", __doc__ or "", "permute.*4096", ROWS, run_row, table, went_wrong)
+    return bench.main(argv)
 
 
 if __name__ == "__main__":
