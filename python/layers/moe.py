@@ -224,7 +224,7 @@ class ExpertParallelMoE(nn.Module):
         low_latency: through the low-latency buffer. ValueError without one, NotImplementedError where a gradient is
         wanted that there is none of: of low-latency calls, of FP8.
         """
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        x = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
         if self.experts.is_fp8 and torch.is_grad_enabled() and x.requires_grad:
             raise NotImplementedError(
                 "ExpertParallelMoE: the input requires a gradient, which FP8 weights do not pass on; call it under "
@@ -277,10 +277,11 @@ class ExpertParallelMoE(nn.Module):
         num_rows = most if self.max_pairs is None else min(self.max_pairs, most)
         rows, row_scales, ends, pair_row = _ops.moe_permute(x, scales, topk_idx, local, num_rows)
         y = self.experts(rows, None if scales is None else row_scales, ends, expected_rows)
+        out = _ops.moe_unpermute(y, pair_row, topk_weights)
         if num_rows < most:
             lost = (topk_idx >= 0) & (pair_row < 0)
-            pair_row, topk_weights = pair_row.masked_fill(lost, 0), topk_weights.masked_fill(lost, torch.nan)
-        return _ops.moe_unpermute(y, pair_row, topk_weights)
+            out = out.masked_fill(lost.any(1, keepdim=True), torch.nan)
+        return out
 
     def _as_rows(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows as the GEMM takes them, and scales."""

@@ -24,7 +24,7 @@ moe_permute(x, scales, topk_idx, num_experts, num_rows) -> (rows, row_scales, en
 
 moe_unpermute(y, pair_row, weights) -> out
     y                        bfloat16 (M, H), H a multiple of 8.
-    pair_row                 int32 (n, k), contiguous; an index outside [0, M) is no row.
+    pair_row                 int32 (n, k), contiguous; an index outside [0, M) is no row. For gradients no row twice.
     weights                  float32 (n, k), None for 1.
     Returns bfloat16 (n, H): ((w_0 * y_0) + w_1 * y_1) + ... in fp32, each step rounded; 0 without rows.
 

@@ -160,3 +160,20 @@ def test_pairs_that_do_not_fit_show():
         out, want = layer(x), SIZES.layer()(x)
     assert torch.equal(out[fits], want[fits])
     assert out[~fits].isnan().all()
+
+
+def test_tokens_that_find_no_row_spoil_no_gradient():
+    layer, x = SIZES.layer(max_pairs=100), SIZES.tokens(0, 33).requires_grad_()
+    out = layer(x)
+    good = ~out.detach().isnan().any(1)
+    assert 0 < good.sum() < len(x)
+    out[good].float().square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+def test_strided_input():
+    layer, wide = SIZES.layer(), SIZES.tokens(0, 2 * 12)
+    strided = wide.view(12, 2, -1)[:, 1]
+    with torch.no_grad():
+        assert torch.equal(layer(strided), layer(strided.contiguous()))
