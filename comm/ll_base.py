@@ -36,8 +36,10 @@ class LowLatencyBuffer(Living[LlConfig]):
 
     With config.elastic a wait for a peer that expires masks the peer: now and until it is unmasked it is sent nothing
     and what it sends is not awaited. Its tokens do not exist, the choices of its experts contribute nothing. Each rank
-    has its own mask. Masks may change while nothing is outstanding, before a dispatch; between a dispatch and its
-    combine a rank may be masked, but not unmasked. A rank that comes back has made as many operations as the others.
+    has its own mask; a rank that learns that it is masked masks the other in turn. Between a dispatch and its combine
+    a rank may be masked, but not unmasked. A rank comes back when the ranks agree: all wait until their work on this
+    buffer is done, meet by means of their own, unmask each other, meet again and go on; the numbers of operations that
+    they have made meanwhile need not be equal.
 
     Errors of every method: RuntimeError after destroy(), EpTimeoutError (a RuntimeError) once a wait for a peer has
     expired without config.elastic, TypeError and ValueError for arguments.
@@ -141,12 +143,13 @@ class LowLatencyBuffer(Living[LlConfig]):
         topk_idx: Tensor,
         topk_weights: Tensor,
         *,
+        use_logfmt: bool = False,
         out: Tensor | None = None,
         wait_stats: Tensor | None = None,
     ) -> Tensor:
         """Every token's sum of its experts' rows, weighted: bfloat16 (n, H), `out` if it is given.
 
-        epoch: of combine_send.
+        epoch, use_logfmt: of combine_send.
         topk_idx: as for dispatch_send, unchanged.  topk_weights: float32 (n, k), contiguous.
         out: bfloat16 (n, H), contiguous; None allocates it.
         wait_stats: as for dispatch_receive.
@@ -156,7 +159,7 @@ class LowLatencyBuffer(Living[LlConfig]):
         self._check_outstanding("ep_ll_combine_recv", epoch)
         if out is None:
             out = empty_combined(self.config, topk_weights)
-        self._combine_receive(epoch, topk_idx, topk_weights, out, wait_stats=wait_stats)
+        self._combine_receive(epoch, topk_idx, topk_weights, out, use_logfmt=use_logfmt, wait_stats=wait_stats)
         del self._outstanding[epoch.data_ptr()]
         return out
 
@@ -212,13 +215,16 @@ class LowLatencyBuffer(Living[LlConfig]):
     def update_mask(self, rank: int, masked: bool) -> None:
         """Mask a rank, or let it come back.
 
-        RuntimeError without config.elastic; ValueError for this rank itself or one that does not exist.
+        RuntimeError without config.elastic, and to let one come back while an operation is outstanding; ValueError for
+        this rank itself or one that does not exist.
         """
         self._ready_elastic("update_mask")
         check(
             0 <= rank < self.ranks and rank != self.rank,
             f"update_mask: rank {rank} on rank {self.rank} of {self.ranks}; name another rank of the group",
         )
+        if not masked:
+            self._check_idle("update_mask")
         self._update_mask(rank, masked)
 
     def query_mask(self, out: Tensor) -> None:
@@ -231,8 +237,9 @@ class LowLatencyBuffer(Living[LlConfig]):
         self._query_mask(out)
 
     def clean_mask(self) -> None:
-        """Let all ranks come back. RuntimeError without config.elastic."""
+        """Let all ranks come back. RuntimeError without config.elastic, and while an operation is outstanding."""
         self._ready_elastic("clean_mask")
+        self._check_idle("clean_mask")
         self._clean_mask()
 
     def _ready(self) -> None:
@@ -244,6 +251,14 @@ class LowLatencyBuffer(Living[LlConfig]):
         check(
             self.config.elastic,
             f"{what}: buffer {self.name!r} is not elastic, it has no masks; make it with LlConfig(elastic=True)",
+            RuntimeError,
+        )
+
+    def _check_idle(self, what: str) -> None:
+        check(
+            not self._outstanding,
+            f"{what}: {self.outstanding} operations are outstanding on buffer {self.name!r}, a rank comes back when "
+            "there are none; receive them first (call their hooks)",
             RuntimeError,
         )
 
@@ -292,7 +307,14 @@ class LowLatencyBuffer(Living[LlConfig]):
 
     @abstractmethod
     def _combine_receive(
-        self, epoch: Tensor, topk_idx: Tensor, topk_weights: Tensor, out: Tensor, *, wait_stats: Tensor | None
+        self,
+        epoch: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        out: Tensor,
+        *,
+        use_logfmt: bool,
+        wait_stats: Tensor | None,
     ) -> None:
         """Fill `out`."""
 
@@ -325,7 +347,7 @@ class LowLatencyBuffer(Living[LlConfig]):
     ) -> None:
         """Both halves of a combine."""
         epoch = self._combine_send(y, handle, num_topk=topk_idx.shape[1], use_logfmt=use_logfmt)
-        self._combine_receive(epoch, topk_idx, topk_weights, out, wait_stats=wait_stats)
+        self._combine_receive(epoch, topk_idx, topk_weights, out, use_logfmt=use_logfmt, wait_stats=wait_stats)
 
     @abstractmethod
     def _update_mask(self, rank: int, masked: bool) -> None: ...

@@ -6,13 +6,16 @@ It owns the symmetric memory and launches the kernels comm/kernels/ll_*. README.
 
 from __future__ import annotations
 
+import math
 import socket
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cutehop.cute_kernels.errors import check
+from cutehop.ref.ep_ll import LOGFMT_CHUNK
 
 from . import kernels
 from .base import DEFAULT_TIMEOUT_S
@@ -25,11 +28,9 @@ from .memory import PeerMemory, address, aligned, cuda_device
 from .outputs import allocator
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch.distributed import ProcessGroup
 
-    from cutehop.cute_kernels.jit import Kernel
+    from cutehop.cute_kernels.jit import Compiled, Kernel
 
     from .ll_config import LlConfig
 
@@ -40,6 +41,9 @@ RECORDS_PER_CTA = 4  # to receive: fewer make the start of a grid dear, more its
 
 class CudaLowLatencyBuffer(LowLatencyBuffer):
     """Low-latency buffer of one rank on a GPU. One stream at a time uses a buffer, hooks included.
+
+    Masks: a rank that others have masked masks them in its next call. update_mask and clean_mask wait for the stream
+    and cannot be captured; a captured graph follows the masks. destroy() waits for masked ranks until the deadline.
 
     transport: "p2p": stores to peers' memory, which is mapped. "nvshmem": NVSHMEM's puts to all peers. "auto": p2p on
         one node; on several NVSHMEM for the peers whose memory is not mapped. NVSHMEM needs its library, and an outbox
@@ -64,11 +68,8 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         share of the GPU if that is less. Few tokens take fewer.
 
         ValueError for num_sms below 1 or above the GPU's, a timeout that is not positive, or an unknown transport.
-        RuntimeError if NVSHMEM is needed and not installed. NotImplementedError for
-        config.elastic: CTAs that see a deadline and late data in different order would not agree on who is masked.
+        RuntimeError if NVSHMEM is needed and not installed.
         """
-        if config.elastic:
-            raise NotImplementedError("LowLatencyBuffer: elastic is not supported on CUDA; a late rank ends the buffer")
         device = cuda_device(device)
         super().__init__(group, config, device, name)
         check(timeout_s > 0, f"LowLatencyBuffer: timeout_s {timeout_s}, must be positive; give peers time to arrive")
@@ -79,30 +80,33 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         self._data_bytes = {parts: sizes.ll_dispatch_data_bytes(parts) for parts in sizes.PARTS}
         if remote:
             provider = "nvshmem"
-            kernels.make_remote()
+            kernels.make_remote(config.elastic)
         else:
-            self._load(sizes.PARTS)
+            self._load(remote)
         self._memory = PeerMemory(
             group, device, provider, at.heap_bytes, at.host_bytes, at.error.offset, timeout_s, self.transport, one_node
         )
         self._group_args: tuple[int, ...] = self._memory.group_args
         if remote:
-            self._load(kernels.remote_parts())
+            self._load(remote)
             self._join_nvshmem()
         self._remember(num_sms)
         self._opened()
 
-    def _load(self, variants: Sequence[sizes.Parts]) -> None:
+    def _load(self, remote: bool) -> None:
         """The kernels, by what they do. Those that call NVSHMEM come after its memory, where its world begins."""
-        self._dispatch_kernels, self._combine_kernels = {}, {}
+        found: dict[tuple[Compiled, bool], dict[sizes.Parts, Kernel]] = defaultdict(dict)
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream().cuda_stream
-            for parts, variant in zip(sizes.PARTS, variants):
-                self._dispatch_kernels[parts] = kernels.ll_dispatch_kernel(variant, stream)
-                self._combine_kernels[parts] = kernels.ll_combine_kernel(variant, stream)
+            for function, config, parts in kernels.ll_variants(self.config.elastic, remote):
+                found[function, config.coded][parts] = function(config, stream)
+        self._dispatch_kernels = found[kernels.ll_dispatch_kernel, False]
+        self._combine_kernels = [found[kernels.ll_combine_kernel, coded] for coded in (False, True)]  # by use_logfmt
+        self._mask_kernels = found[kernels.ll_mask_kernel, False]
 
     def _join_nvshmem(self) -> None:
-        queue = self._memory.admit((*self._dispatch_kernels.values(), *self._combine_kernels.values()))
+        mine = (self._dispatch_kernels, *self._combine_kernels, self._mask_kernels)
+        queue = self._memory.admit([kernel for each in mine for kernel in each.values()])
         self._queue = torch.tensor([queue], dtype=torch.int32, device=self.device)
         outbox = self._memory.local.data_ptr() + self.layout.outbox.offset
         self._group_args += (outbox, self.config.outbox_bytes, self._queue.data_ptr())
@@ -112,12 +116,14 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         config, at = self.config, self.layout
         self.num_sms = self._memory.check_sms(min(MOST_SMS, self._memory.max_sms) if num_sms is None else num_sms)
         # The last parameters of the kernels.
-        data, elastic, local = (config.slot_bytes, at.data.offset), int(config.elastic), config.experts_per_rank
+        data, local = (config.slot_bytes, at.data.offset), config.experts_per_rank
         records = (at.counts.item_bytes, config.head_bytes, config.record_bytes, *data)
-        self._send_args = (elastic, config.num_experts, local, config.max_tokens, *records)
-        self._receive_args = (elastic, local, config.max_tokens, config.max_topk, *records)
-        self._send_home_args = (elastic, local, config.max_tokens, config.max_topk, *data)
-        self._receive_home_args = (elastic, config.num_experts, local, config.max_topk, *data)
+        self._send_args = (config.num_experts, local, config.max_tokens, *records)
+        self._receive_args = (local, config.max_tokens, config.max_topk, *records)
+        self._send_home_args = (local, config.max_tokens, config.max_topk, *data)
+        self._receive_home_args = (config.num_experts, local, config.max_topk, *data)
+        self._coding = (math.gcd(config.hidden, LOGFMT_CHUNK), config.limits_bytes)
+        self._limits_offset = config.max_tokens * config.max_topk * config.row_bytes
         self._record_bytes = config.record_bytes
         self._tokens = config.max_tokens  # of the last dispatch
 
@@ -218,14 +224,21 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         y = aligned(y)
         epoch = allocator(y)((1,), (1,), torch.int32)
         ctas, values = self._sending_home(y, handle, num_topk, use_logfmt, epoch)
-        self._launch(self._combine_kernels[SEND], ctas, values)
+        self._launch(self._combine_kernels[use_logfmt][SEND], ctas, values)
         return epoch
 
     def _combine_receive(
-        self, epoch: Tensor, topk_idx: Tensor, topk_weights: Tensor, out: Tensor, *, wait_stats: Tensor | None
+        self,
+        epoch: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        out: Tensor,
+        *,
+        use_logfmt: bool,
+        wait_stats: Tensor | None,
     ) -> None:
         ctas, values = self._receiving_home(epoch, topk_idx, topk_weights, out, wait_stats)
-        self._launch(self._combine_kernels[RECEIVE], ctas, values)
+        self._launch(self._combine_kernels[use_logfmt][RECEIVE], ctas, values)
 
     def _combine(
         self,
@@ -242,21 +255,21 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         epoch = allocator(y)((1,), (1,), torch.int32)
         ctas, sending = self._sending_home(y, handle, topk_idx.shape[1], use_logfmt, epoch)
         more, receiving = self._receiving_home(epoch, topk_idx, topk_weights, out, wait_stats)
-        self._launch(self._combine_kernels[BOTH], max(ctas, more), sending + receiving)
+        self._launch(self._combine_kernels[use_logfmt][BOTH], max(ctas, more), sending + receiving)
 
     def _sending_home(
         self, y: Tensor, handle: LlHandle, num_topk: int, use_logfmt: bool, epoch: Tensor
     ) -> tuple[int, tuple[int, ...]]:
         """CTAs and the parameters LlCombineSendArgs."""
-        if use_logfmt:
-            raise NotImplementedError("ep_ll_combine_send: use_logfmt is not supported on CUDA; send bfloat16 rows")
         row_bytes = self.config.row_bytes
-        rows = max(self._tokens, 1) * num_topk  # if experts are chosen evenly
+        pieces = max(self._tokens, 1) * num_topk  # rows, if experts are chosen evenly
+        if use_logfmt:
+            pieces *= self.config.hidden // self._coding[0]
         values = (
-            y.data_ptr(), handle.recv_count.data_ptr(), handle.send_slot.data_ptr(), row_bytes,
+            y.data_ptr(), handle.recv_count.data_ptr(), handle.send_slot.data_ptr(), row_bytes, *self._coding,
             *sizes.ring(row_bytes, sizes.SEND_RING_BYTES), epoch.data_ptr(), *self._send_home_args,
         )  # fmt: skip
-        return min(self.num_sms, -(-rows // sizes.RINGS)), values
+        return min(self.num_sms, -(-pieces // sizes.RINGS)), values
 
     def _receiving_home(
         self, epoch: Tensor, topk_idx: Tensor, topk_weights: Tensor, out: Tensor, wait_stats: Tensor | None
@@ -265,7 +278,8 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         self._require_aligned("ep_ll_combine_recv", out)
         values = (
             epoch.data_ptr(), topk_idx.data_ptr(), topk_idx.itemsize, topk_weights.data_ptr(), *topk_idx.shape,
-            self.config.hidden, out.data_ptr(), address(wait_stats), *self._receive_home_args,
+            self.config.hidden, *self._coding, self._limits_offset, out.data_ptr(), address(wait_stats),
+            *self._receive_home_args,
         )  # fmt: skip
         items = topk_idx.shape[0] * -(-self.config.hidden // 256)
         return max(1, min(self.num_sms, -(-items // sizes.REDUCE_WARPS))), values
@@ -276,15 +290,23 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         return self._memory.local[begin : begin + 4 * self.ranks].view(torch.int32)
 
     def _update_mask(self, rank: int, masked: bool) -> None:
-        self._mask()[rank] = int(masked)
+        bit = 1 << rank
+        self._change_masks(*((bit, 0) if masked else (0, bit)))
 
     def _query_mask(self, out: Tensor) -> None:
         out.copy_(self._mask())
 
     def _clean_mask(self) -> None:
-        self._mask().zero_()
+        self._change_masks(0, (1 << self.ranks) - 1 - (1 << self.rank))
+
+    def _change_masks(self, out: int, back: int) -> None:
+        """Bit r: rank r is masked, or taken back. Peers know when this returns."""
+        self._launch(self._mask_kernels[sizes.MASK], 1, (out, back))
+        torch.cuda.current_stream(self.device).synchronize()
 
     def _destroy(self) -> None:
+        if self.config.elastic and self._mask().any():
+            self._memory.lose()  # and do not complain that they do not come
         self._memory.destroy()
 
 

@@ -92,10 +92,16 @@ class LlConfig:
         return 2 * self.hidden
 
     @property
+    def limits_bytes(self) -> int:
+        """Beside a row that travels encoded: two bf16 for each 128 columns."""
+        return round_up(4 * (self.hidden // GROUP), VECTOR)
+
+    @property
     def slot_bytes(self) -> int:
-        """Data of one operation: records of all ranks' tokens, or a row for each choice of each of my tokens."""
+        """Data of one operation: records of all ranks' tokens, or a row for each choice of each of my tokens, then
+        the limits of each."""
         dispatch = self.rows * self.record_bytes
-        combine = self.max_tokens * self.max_topk * self.row_bytes
+        combine = self.max_tokens * self.max_topk * (self.row_bytes + self.limits_bytes)
         return round_up(max(dispatch, combine), ROW_ALIGN)
 
     @property
@@ -104,11 +110,16 @@ class LlConfig:
         return round_up(8 * (1 + self.experts_per_rank), LINE)
 
     @property
+    def outbox_rows(self) -> int:
+        """The most rows of all my experts in one dispatch."""
+        return self.rows * min(self.max_topk, self.experts_per_rank)
+
+    @property
     def outbox_bytes(self) -> int:
         """What one operation puts through NVSHMEM: counts for each rank and my records, or the rows of all my experts,
         of which every token of every rank may have max_topk."""
         records = self.ranks * self.counts_bytes + self.max_tokens * self.record_bytes
-        rows = self.rows * min(self.max_topk, self.experts_per_rank) * self.row_bytes
+        rows = self.outbox_rows * (self.row_bytes + self.limits_bytes)
         return round_up(max(records, rows), ROW_ALIGN)
 
 
@@ -129,6 +140,8 @@ class LlLayout:
         self.epoch = heap.lines("epoch", 1, "mine alone: last send kernel of an operation adds one")
         self.arrivals = heap.lines("arrivals", len(LL_KERNELS), "mine alone: CTAs that are done")
         self.mask = heap.lines("mask", 1, "mine alone: int32 per rank, 1: left out (elastic)")
+        self.verdict = heap.lines("verdict", SLOTS, "mine alone: int32 per rank, 2 epoch + left out (elastic)")
+        self.told = heap.lines("told", ranks, "peer s stores 1: it has left me out (elastic); I poll")
         self.counts = heap.place(
             "counts",
             SLOTS * config.ranks,

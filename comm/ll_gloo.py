@@ -86,6 +86,7 @@ class GlooLowLatencyBuffer(LowLatencyBuffer):
         prefix = f"cutehop/{words[0].partition(' ')[0]}"
         self._notes = PrefixStore(f"{prefix}/notes", store)
         self._notes.set(_done(self.rank), "0")  # before the links, which need all ranks
+        self._notes.set(_reached(self.rank), "0")
         self._links: Any = ProcessGroupGloo(
             PrefixStore(f"{prefix}/links", store), self.rank, self.ranks, timedelta(seconds=timeout_s)
         )
@@ -173,11 +174,18 @@ class GlooLowLatencyBuffer(LowLatencyBuffer):
 
     @torch.no_grad()
     def _combine_receive(
-        self, epoch: Tensor, topk_idx: Tensor, topk_weights: Tensor, out: Tensor, *, wait_stats: Tensor | None
+        self,
+        epoch: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        out: Tensor,
+        *,
+        use_logfmt: bool,
+        wait_stats: Tensor | None,
     ) -> None:
         c = self.config
-        sent, _ = self._own[int(epoch)]
-        messages = self._receive(epoch, Terms("combine", topk_idx.shape[1], sent.rows), wait_stats)
+        terms = Terms("combine", topk_idx.shape[1], torch.float32 if use_logfmt else torch.bfloat16)
+        messages = self._receive(epoch, terms, wait_stats)
         home = torch.zeros((c.max_tokens * c.max_topk, c.hidden))
         valid = is_choice(topk_idx, c.num_experts)
         for peer, message in enumerate(messages):
@@ -188,17 +196,36 @@ class GlooLowLatencyBuffer(LowLatencyBuffer):
         out.copy_(weighted_sum(home.view(c.max_tokens, c.max_topk, c.hidden), topk_weights, valid))
 
     def _update_mask(self, rank: int, masked: bool) -> None:
-        self._masked[rank] = masked
+        if masked:
+            self._leave_out(rank)
+        else:
+            self._take_back(rank)
 
     def _query_mask(self, out: Tensor) -> None:
         out.copy_(self._masked)
 
     def _clean_mask(self) -> None:
-        self._masked.zero_()
+        self._take_back(*(peer for peer in range(self.ranks) if peer != self.rank))
+
+    def _leave_out(self, peer: int) -> None:
+        """Mask a peer and tell it."""
+        self._masked[peer] = 1
+        self._notes.set(_told(self.rank, peer), "yes")
+
+    def _take_back(self, *peers: int) -> None:
+        """Unmask peers, and go on from the operation that is the last of any rank that is not masked."""
+        for peer in peers:
+            self._masked[peer] = 0
+            self._notes.delete_key(_told(self.rank, peer))
+        those = [peer for peer, masked in enumerate(self._masked.tolist()) if not masked]
+        self._epoch = max(int(self._notes.get(_reached(peer))) for peer in those)
+        self._notes.set(_reached(self.rank), str(self._epoch))
+        self._notes.set(_done(self.rank), str(self._epoch))
 
     def _send(self, terms: Terms, messages: list[Tensor]) -> Tensor:
         """Offer messages[r], packed rows, to every rank r. Returns the epoch."""
         self._epoch += 1
+        self._notes.set(_reached(self.rank), str(self._epoch))
         self._await_readers(self._epoch - SLOTS)
         self._own[self._epoch] = terms, messages[self.rank]
         offered = self._unread[self._epoch] = []
@@ -228,7 +255,6 @@ class GlooLowLatencyBuffer(LowLatencyBuffer):
             if wait_stats is not None:
                 wait_stats[peer] += time.monotonic_ns() - wait_began
         del self._own[number]
-        # Masked ranks see it too: one of them may come back, and have sent before it heard of the mask.
         self._notes.set(_done(self.rank), str(min(self._own, default=self._epoch + 1) - 1))
         return messages
 
@@ -278,7 +304,7 @@ class GlooLowLatencyBuffer(LowLatencyBuffer):
     ) -> None:
         """A wait has expired: go on without the peer, or raise."""
         if self.config.elastic:
-            self._masked[peer] = 1
+            self._leave_out(peer)
             return
         self._error = EpTimeoutError(self.rank, peer, phase, expected, got, time.monotonic() - begin)
         raise self._error from cause
@@ -288,8 +314,12 @@ class GlooLowLatencyBuffer(LowLatencyBuffer):
         return timedelta(seconds=max(begin + self._timeout_s - time.monotonic(), 1e-2))
 
     def _peers(self) -> list[int]:
-        """Other ranks that are not masked."""
-        return [peer for peer, masked in enumerate(self._masked.tolist()) if peer != self.rank and not masked]
+        """Other ranks that are not masked, and have not masked this one."""
+        peers = [peer for peer, masked in enumerate(self._masked.tolist()) if peer != self.rank and not masked]
+        for peer in peers if self.config.elastic else ():
+            if self._notes.check([_told(peer, self.rank)]):
+                self._leave_out(peer)
+        return [peer for peer in peers if not self._masked[peer]]
 
     def _columns(self, terms: Terms, rows: int) -> Message:
         """The parts of `rows` packed rows."""
@@ -329,6 +359,16 @@ def _note(number: int, source: int, peer: int) -> str:
 def _done(rank: int) -> str:
     """Where a rank notes the last operation up to which it has received all."""
     return f"done by {rank}"
+
+
+def _reached(rank: int) -> str:
+    """Where a rank notes how many operations it has begun."""
+    return f"reached by {rank}"
+
+
+def _told(rank: int, peer: int) -> str:
+    """Is there while a rank has masked a peer."""
+    return f"{rank} without {peer}"
 
 
 def _row_bytes(columns: Message) -> int:

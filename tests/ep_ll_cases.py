@@ -17,6 +17,7 @@ from cutehop.comm.ll_base import LowLatencyBuffer
 from cutehop.comm.ll_config import LlConfig
 from cutehop.comm.ll_gloo import GlooLowLatencyBuffer
 from cutehop.comm.ll_outputs import LlDispatched, LlHandle
+from cutehop.comm.meeting import Meeting
 from cutehop.ref import ep_ll as ref
 from tests.ep_cases import same_bits
 
@@ -211,7 +212,7 @@ def send_home(buffer: LowLatencyBuffer, inputs: LlInputs, handle: LlHandle, use_
 
 def receive_home(buffer: LowLatencyBuffer, inputs: LlInputs, epoch: Tensor, use_logfmt: bool = False) -> None:
     _, topk_idx, topk_weights, _ = inputs.on(buffer.rank, buffer.device)
-    got = buffer.combine_receive(epoch, topk_idx, topk_weights)
+    got = buffer.combine_receive(epoch, topk_idx, topk_weights, use_logfmt=use_logfmt)
     assert same_bits(got, inputs.combined(use_logfmt)[buffer.rank])
 
 
@@ -234,3 +235,10 @@ def make_buffer(group: ProcessGroup, config: LlConfig, device: str, timeout_s: f
     from cutehop.comm.ll_buffer import CudaLowLatencyBuffer
 
     return CudaLowLatencyBuffer(group, config, timeout_s=timeout_s, num_sms=8)
+
+
+def everyone(group: ProcessGroup) -> None:
+    """Returns when all ranks have called and their GPU work is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    Meeting(group, 60).meet("test")

@@ -3,9 +3,11 @@
 Every size is a run-time parameter, so one build of each kernel serves every shape and every number of ranks.
 """
 
-from ...cute_kernels.jit import Program, compiled
+from collections.abc import Iterator
+
+from ...cute_kernels.jit import Compiled, Program, compiled
 from . import nvshmem_library
-from .config import PARTS, OneVariant, Parts, RemoteParts
+from .config import MASK, PARTS, OneVariant, Parts, RemoteParts
 
 
 @compiled
@@ -64,17 +66,32 @@ def ll_combine_kernel(config: Parts) -> Program:
     return program(config)
 
 
-def remote_parts() -> tuple[RemoteParts, ...]:
-    """Configs of the low-latency kernels that reach peers through NVSHMEM. RuntimeError if it is not installed."""
-    which = nvshmem_library.version()
-    return tuple(RemoteParts(parts.sends, parts.receives, which) for parts in PARTS)
+@compiled
+def ll_mask_kernel(config: Parts) -> Program:
+    from .ll_mask import program
+
+    return program(config)
 
 
-def make_remote() -> None:
-    """Find these kernels or compile them, which needs neither a GPU nor an NVSHMEM world, and takes half a minute."""
-    for parts in remote_parts():
-        ll_dispatch_kernel.bundle(parts)
-        ll_combine_kernel.bundle(parts)
+def ll_variants(elastic: bool = False, remote: bool = False) -> Iterator[tuple[Compiled[Parts], Parts, Parts]]:
+    """The low-latency kernels of a buffer: compiled function, config, and what it does, one of config.PARTS or MASK.
+
+    remote: they reach peers through NVSHMEM. RuntimeError if it is not installed.
+    """
+    which = nvshmem_library.version() if remote else ""
+    families = ((ll_dispatch_kernel, False), (ll_combine_kernel, False), (ll_combine_kernel, True))
+    wanted = [(function, parts, coded) for function, coded in families for parts in PARTS]
+    if elastic:
+        wanted.append((ll_mask_kernel, MASK, False))
+    for function, parts, coded in wanted:
+        made = (parts.sends, parts.receives, elastic, coded)
+        yield function, RemoteParts(*made, which) if remote else Parts(*made), parts
+
+
+def make_remote(elastic: bool = False) -> None:
+    """Find these kernels or compile them, which takes most of a minute, but neither a GPU nor an NVSHMEM world."""
+    for function, config, _ in ll_variants(elastic, remote=True):
+        function.bundle(config)
 
 
 def variants():
@@ -85,9 +102,7 @@ def variants():
     yield combine_send_kernel, OneVariant()
     yield combine_receive_kernel, OneVariant()
     yield wait_kernel, OneVariant()
-    for parts in PARTS:
-        yield ll_dispatch_kernel, parts
-        yield ll_combine_kernel, parts
-    for parts in remote_parts() if nvshmem_library.can_compile() else ():
-        yield ll_dispatch_kernel, parts
-        yield ll_combine_kernel, parts
+    for remote in (False, True) if nvshmem_library.can_compile() else (False,):
+        for elastic in (False, True):
+            for function, config, _ in ll_variants(elastic, remote):
+                yield function, config

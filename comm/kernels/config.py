@@ -56,20 +56,24 @@ REDUCE_WARPS = 16  # of a receiving CTA
 
 @dataclass(frozen=True)
 class Parts:
-    """What one low-latency launch does: send, receive, or both."""
+    """What one low-latency launch does: send, receive, or both. elastic: ranks may be left out. coded: rows of combine
+    travel as LogFMT. Each is a build of its own: kernels without have nothing of it."""
 
     sends: bool
     receives: bool
+    elastic: bool = False
+    coded: bool = False
 
 
 @dataclass(frozen=True)
 class RemoteParts(Parts):
     """The same for a group with peers that only NVSHMEM reaches. nvshmem: version whose device code is linked in."""
 
-    nvshmem: str
+    nvshmem: str = ""
 
 
 SEND, RECEIVE, BOTH = PARTS = (Parts(True, False), Parts(False, True), Parts(True, True))
+MASK = Parts(False, False, elastic=True)  # neither: it masks ranks, or takes them back
 BF16, F32_SCALES, POW2_SCALES, UE8M0_SCALES = range(4)  # how dispatched rows travel
 
 

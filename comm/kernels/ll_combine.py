@@ -14,16 +14,16 @@ from ...cute_kernels.sm90.address import ld_i32
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import MAX_LOCAL_EXPERTS, MAX_RANKS
 from . import ll_combine_receive, ll_combine_send
-from .config import MAX_STAGES, RINGS, SEND_RING_BYTES, Parts, RemoteParts
+from .config import MAX_STAGES, RINGS, SEND_RING_BYTES, Parts
 from .ll_combine_receive import CombineReceiver, LlCombineReceiveArgs
 from .ll_combine_send import CombineSender, LlCombineSendArgs
-from .ll_remote import RemoteGroup
+from .ll_verbs import group_of, name_of
 from .verbs import Group
 
 
 class LlCombine(CombineSender, CombineReceiver):
     def __init__(self, config: Parts):
-        self.sends, self.receives = config.sends, config.receives
+        self.sends, self.receives, self.coded = config.sends, config.receives, config.coded
         self.threads = ll_combine_receive.THREADS if config.receives else ll_combine_send.THREADS
         rings = RINGS if config.sends else 0
 
@@ -62,11 +62,10 @@ class LlCombine(CombineSender, CombineReceiver):
 def program(config: Parts) -> Program:
     """The host function and the fake arguments that compile one variant."""
     kernel = LlCombine(config)
-    remote = isinstance(config, RemoteParts)
-    name = f"cutehop_ep_ll_combine{'_send' * config.sends}{'_receive' * config.receives}{'_nvshmem' * remote}"
+    name = name_of("ll_combine", config)
     kernel.kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
     given = [LlCombineSendArgs] * config.sends + [LlCombineReceiveArgs] * config.receives
-    group = RemoteGroup if remote else Group
+    group = group_of(config)
     parts = (
         fake_args(LlCombineSendArgs) if config.sends else None,
         fake_args(LlCombineReceiveArgs) if config.receives else None,

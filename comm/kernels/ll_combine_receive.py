@@ -10,21 +10,25 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Boolean, Float32, Int32, Int64
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64, const_expr
 
 from ...cute_kernels.sm90 import ptx
-from ...cute_kernels.sm90.address import ld_f32, ld_i64, ld_id, ld_vector, st_i64
+from ...cute_kernels.sm90.address import ld_f32, ld_id, ld_vector
 from .config import REDUCE_WARPS
+from .ll_combine_coded import CodedReceiver, add_row
 from .ll_verbs import (
     ACK,
+    RECEIVE_LIVE,
+    add_wait,
     base_of,
     finish,
-    mask_of,
+    is_live,
+    note_live,
     slot_of,
     start_next_kernel,
-    wait_data,
 )
-from .verbs import Group, is_masked, may_proceed
+from .ll_waits import wait_data
+from .verbs import Group, may_proceed
 
 THREADS = 32 * REDUCE_WARPS
 BATCH = 4  # rows whose loads are in flight together
@@ -41,9 +45,11 @@ class LlCombineReceiveArgs:
     tokens: Int32
     topk: Int32
     hidden: Int32
+    chunk: Int32  # as sent: LlCombineSendArgs
+    limits_bytes: Int32
+    limits_offset: Int64  # in the slot, of the first row's
     out: Int64  # out, bf16 (tokens, hidden)
     wait_stats: Int64  # int64 (ranks,), ns waited for each rank, added to
-    elastic: Int32
     experts: Int32
     experts_per_rank: Int32
     max_topk: Int32
@@ -51,8 +57,10 @@ class LlCombineReceiveArgs:
     data_offset: Int64
 
 
-class CombineReceiver:
+class CombineReceiver(CodedReceiver):
     """Part of ll_combine.LlCombine. sm: has flag."""
+
+    coded: bool
 
     @cute.jit
     def receive(self, g: Group, a: LlCombineReceiveArgs, sm, epoch: Int32):
@@ -61,49 +69,52 @@ class CombineReceiver:
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
-        mask, base = mask_of(g, a.elastic), base_of(g, tid)
+        base = base_of(g, tid)
         reached = Boolean(True)
         if tid < g.ranks:
             start = cute.arch.globaltimer()
-            reached = wait_data(g, epoch, tid, mask)
-            if (cta == 0) & (a.wait_stats != 0):
-                place = a.wait_stats + Int64(tid) * 8
-                st_i64(place, ld_i64(place) + (cute.arch.globaltimer() - start))
+            reached = wait_data(g, epoch, tid)
+            add_wait(a.wait_stats, tid, start)
+        if const_expr(g.elastic):
+            if tid < 32:
+                note_live(g, sm.flag.data_ptr(), RECEIVE_LIVE, reached)
         go = may_proceed(g, reached)
         if go:
             start_next_kernel()
             pieces = (a.hidden + 255) // 256
             memory = g.own + a.data_offset + Int64(slot_of(epoch)) * a.slot_bytes
             for i in cutlass.range(warp * ctas + cta, a.tokens * pieces, REDUCE_WARPS * ctas, unroll=1):
-                self.reduce(g, a, memory, mask, i // pieces, i % pieces * 256 + lane * 8, lane)
-        finish(g, ACK, "combine_receive", epoch, mask, False, go, base, sm.flag.data_ptr())
+                self.reduce(g, a, sm, memory, i // pieces, i % pieces * 256 + lane * 8, lane)
+        finish(g, ACK, "combine_receive", epoch, False, go, base, sm.flag.data_ptr())
 
     @cute.jit
-    def reduce(
-        self, g: Group, a: LlCombineReceiveArgs, memory: Int64, mask: Int64, token: Int32, column: Int32, lane: Int32
-    ):
+    def reduce(self, g: Group, a: LlCombineReceiveArgs, sm, memory: Int64, token: Int32, column: Int32, lane: Int32):
         """8 columns of a token. A choice that is none, or on a rank that is left out, has the row -1."""
         acc = cute.make_rmem_tensor(8, Float32)
         acc.fill(0.0)
         row, weight = Int32(-1), Float32(0.0)  # lane j: choice j
         if lane < a.topk:
-            row, weight = self.choice(g, a, mask, token, lane)
+            row, weight = self.choice(g, a, sm, token, lane)
         for first in cutlass.range(0, a.topk, BATCH, unroll=1):
-            loaded, rows, weights = [], [], []
+            loaded, rows, weights, limits = [], [], [], []
             for u in cutlass.range_constexpr(BATCH):
                 at = first + u if first + u < a.topk else Int32(31)  # lane 31 has none: topk is 16 at most
                 rows.append(cute.arch.shuffle_sync(row, at))
                 weights.append(cute.arch.shuffle_sync(weight, at))
-                words = (Int32(0), Int32(0), Int32(0), Int32(0))
+                words, limit = (Int32(0), Int32(0), Int32(0), Int32(0)), Int32(0)
                 if (rows[u] >= 0) & (column < a.hidden):
-                    words = ld_vector(memory + Int64(rows[u]) * a.hidden * 2 + column * 2)
+                    if const_expr(self.coded):
+                        limit, words = self.load_coded(a, memory, rows[u], column)
+                    else:
+                        words = ld_vector(memory + Int64(rows[u]) * a.hidden * 2 + column * 2)
                 loaded.append(words)
+                limits.append(limit)
             for u in cutlass.range_constexpr(BATCH):
                 if rows[u] >= 0:
-                    for i in cutlass.range_constexpr(4):
-                        low, high = (loaded[u][i] << 16).bitcast(Float32), (loaded[u][i] & -0x10000).bitcast(Float32)
-                        acc[2 * i] = ptx.add_product(acc[2 * i], weights[u], low)
-                        acc[2 * i + 1] = ptx.add_product(acc[2 * i + 1], weights[u], high)
+                    if const_expr(self.coded):
+                        self.add_coded(acc, weights[u], limits[u], loaded[u])
+                    else:
+                        add_row(acc, weights[u], loaded[u])
         packed = cute.make_rmem_tensor(8, BFloat16)
         packed.store(acc.load().to(BFloat16))
         words = cute.recast_tensor(packed, Int32)
@@ -111,12 +122,12 @@ class CombineReceiver:
             ptx.st_global_v4(a.out + (Int64(token) * a.hidden + column) * 2, *(words[i] for i in range(4)))
 
     @cute.jit
-    def choice(self, g: Group, a: LlCombineReceiveArgs, mask: Int64, token: Int32, choice: Int32):
+    def choice(self, g: Group, a: LlCombineReceiveArgs, sm, token: Int32, choice: Int32):
         """Where the row of a choice lies, and its weight."""
         i = token * a.topk + choice
         expert = ld_id(a.topk_idx, i, a.topk_idx_bytes)
         row = Int32(-1)
         if (expert >= 0) & (expert < a.experts):
-            if not is_masked(mask, expert // a.experts_per_rank):
+            if is_live(g, sm.flag.data_ptr(), RECEIVE_LIVE, expert // a.experts_per_rank):
                 row = token * a.max_topk + choice
         return row, ld_f32(a.topk_weights + Int64(i) * 4)

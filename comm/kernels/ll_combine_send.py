@@ -14,23 +14,24 @@ from cutlass import Boolean, Int32, Int64, const_expr
 
 from ...cute_kernels.sm90.address import ld_i32, st_i32
 from ..config import MAX_LOCAL_EXPERTS, MAX_RANKS
-from ..ll_config import SLOTS
 from .config import MAX_STAGES, RINGS, SEND_RING_BYTES
+from .ll_combine_coded import CodedSender
 from .ll_remote import RemoteGroup, put
 from .ll_verbs import (
-    ACK,
     READY,
+    SEND_LIVE,
     base_of,
     finish,
-    line,
-    mask_of,
+    is_live,
     next_epoch,
+    note_live,
     outbox_of,
     slot_of,
     start_next_kernel,
 )
+from .ll_waits import wait_ack
 from .ring import EMPTY, drain, make_ring, move_row
-from .verbs import PHASE, Group, copy_vectors, is_masked, may_proceed, wait_flag
+from .verbs import Group, copy_vectors, may_proceed
 
 THREADS = 32 * RINGS
 
@@ -43,10 +44,11 @@ class LlCombineSendArgs:
     recv_count: Int64  # int32 (experts_per_rank,)
     send_slot: Int64  # int32 (experts_per_rank, rows)
     row_bytes: Int32
+    chunk: Int32  # columns of a row that are encoded together, if rows are (ll_logfmt.py)
+    limits_bytes: Int32  # of a row
     piece_bytes: Int32  # a ring: see config.ring
     stages: Int32
     epoch: Int64  # out, int32 (1,)
-    elastic: Int32
     experts_per_rank: Int32
     max_tokens: Int32
     max_topk: Int32
@@ -54,10 +56,11 @@ class LlCombineSendArgs:
     data_offset: Int64
 
 
-class CombineSender:
+class CombineSender(CodedSender):
     """Part of ll_combine.LlCombine. sm: has ring, full, targets, sizes, ends, bases and flag."""
 
     receives: bool
+    coded: bool
 
     @cute.jit
     def send(self, g: Group, a: LlCombineSendArgs, sm):
@@ -65,7 +68,7 @@ class CombineSender:
         tid, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
-        epoch, mask, base = next_epoch(g), mask_of(g, a.elastic), base_of(g, tid)
+        epoch, base = next_epoch(g), base_of(g, tid)
         if tid < g.ranks:
             sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[tid] = base
         if (cta == 0) & (tid == 0):
@@ -76,17 +79,23 @@ class CombineSender:
         reached = Boolean(True)
         if warp == 0:
             self.add_counts(a, sm, lane)
-        elif (warp == 1) & (lane < g.ranks):
-            reached = wait_flag(g, g.own + line(ACK, epoch, lane), epoch - SLOTS, lane, PHASE["ll_ack"], mask)
+        elif warp == 1:
+            if lane < g.ranks:
+                reached = wait_ack(g, epoch, lane)
+            note_live(g, sm.flag.data_ptr(), SEND_LIVE, reached)
         go = may_proceed(g, reached)
         if const_expr(not self.receives):
             start_next_kernel()
-        if go & (warp < RINGS) & (lane == 0):
-            self.push_rows(g, a, sm, epoch, mask, warp)
-        if const_expr(g.remote):
+        if const_expr(self.coded):
             if go & (warp < RINGS):
-                self.put_rows(g, a, sm, epoch, mask, warp, lane)
-        finish(g, READY, "combine_send", epoch, mask, True, go, base, sm.flag.data_ptr())
+                self.send_coded(g, a, sm, epoch, warp, lane)
+        else:
+            if go & (warp < RINGS) & (lane == 0):
+                self.push_rows(g, a, sm, epoch, warp)
+            if const_expr(g.remote):
+                if go & (warp < RINGS):
+                    self.put_rows(g, a, sm, epoch, warp, lane)
+        finish(g, READY, "combine_send", epoch, True, go, base, sm.flag.data_ptr())
         return epoch
 
     @cute.jit
@@ -107,7 +116,7 @@ class CombineSender:
             before += cute.arch.shuffle_sync(count, 31)
 
     @cute.jit
-    def push_rows(self, g: Group, a: LlCombineSendArgs, sm, epoch: Int32, mask: Int64, warp: Int32):
+    def push_rows(self, g: Group, a: LlCombineSendArgs, sm, epoch: Int32, warp: Int32):
         """By one thread."""
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
@@ -127,7 +136,7 @@ class CombineSender:
             mapped = Boolean(True)
             if const_expr(g.remote):
                 mapped = sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[home] != 0
-            if mapped & (not is_masked(mask, home)):
+            if mapped & is_live(g, sm.flag.data_ptr(), SEND_LIVE, home):
                 target = (
                     sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[home] + slot + Int64(place % choices) * a.row_bytes
                 )
@@ -137,7 +146,7 @@ class CombineSender:
         drain(ring, held, oldest, phase)
 
     @cute.jit
-    def put_rows(self, g: RemoteGroup, a: LlCombineSendArgs, sm, epoch: Int32, mask: Int64, warp: Int32, lane: Int32):
+    def put_rows(self, g: RemoteGroup, a: LlCombineSendArgs, sm, epoch: Int32, warp: Int32, lane: Int32):
         """By one warp: the rows of ranks that only NVSHMEM reaches, by way of the outbox; row i of all my experts' lies
         there at i."""
         cta, _, _ = cute.arch.block_idx()
@@ -145,9 +154,8 @@ class CombineSender:
         ends = sm.ends.get_tensor(cute.make_layout(MAX_LOCAL_EXPERTS))
         bases = sm.bases.get_tensor(cute.make_layout(MAX_RANKS))
         rows, choices = g.ranks * a.max_tokens, a.max_tokens * a.max_topk
-        each = a.experts_per_rank if a.experts_per_rank < a.max_topk else a.max_topk
-        total = ends[a.experts_per_rank - 1]
-        total = total if total < rows * each else rows * each  # no dispatch counts more
+        total, most = ends[a.experts_per_rank - 1], self.outbox_rows(g, a)
+        total = total if total < most else most  # no dispatch counts more
         expert, begin = Int32(0), Int32(0)
         cute.arch.sync_warp()
         for i in cutlass.range(warp * ctas + cta, total, RINGS * ctas, unroll=1):
@@ -157,10 +165,7 @@ class CombineSender:
             row = Int64(expert) * rows + (i - begin)
             place = ld_i32(a.send_slot + row * 4)
             home = place // choices
-            wanted = Int32(0)
-            if bases[home] == 0:
-                wanted = Int32(not is_masked(mask, home))
-            if cute.arch.shuffle_sync(wanted, 0) != 0:  # a mask may change between two lanes
+            if (bases[home] == 0) & is_live(g, sm.flag.data_ptr(), SEND_LIVE, home):
                 copy = outbox_of(g, epoch) + Int64(i) * a.row_bytes
                 copy_vectors(copy, a.y + row * a.row_bytes, Int64(a.row_bytes // 16), lane, 32)
                 target = a.data_offset + Int64(slot_of(epoch)) * a.slot_bytes + Int64(place % choices) * a.row_bytes

@@ -15,10 +15,10 @@ from ...cute_kernels.sm90.address import ld_i32
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import MAX_RANKS
 from . import ll_dispatch_receive, ll_dispatch_send
-from .config import COPY_WARPS, IDS, MAX_EXPERTS, MAX_TEAMS, Parts, RemoteParts, ll_dispatch_data_bytes
+from .config import COPY_WARPS, IDS, MAX_EXPERTS, MAX_TEAMS, Parts, ll_dispatch_data_bytes
 from .ll_dispatch_receive import DispatchReceiver, LlDispatchReceiveArgs
 from .ll_dispatch_send import HEAD_WORDS, DispatchSender, LlDispatchSendArgs
-from .ll_remote import RemoteGroup
+from .ll_verbs import group_of, name_of
 from .verbs import Group
 
 
@@ -65,11 +65,10 @@ class LlDispatch(DispatchSender, DispatchReceiver):
 def program(config: Parts) -> Program:
     """The host function and the fake arguments that compile one variant."""
     kernel = LlDispatch(config)
-    remote = isinstance(config, RemoteParts)
-    name = f"cutehop_ep_ll_dispatch{'_send' * config.sends}{'_receive' * config.receives}{'_nvshmem' * remote}"
+    name = name_of("ll_dispatch", config)
     kernel.kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
     given = [LlDispatchSendArgs] * config.sends + [LlDispatchReceiveArgs] * config.receives
-    group = RemoteGroup if remote else Group
+    group = group_of(config)
     parts = (
         fake_args(LlDispatchSendArgs) if config.sends else None,
         fake_args(LlDispatchReceiveArgs) if config.receives else None,

@@ -15,19 +15,22 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64, Uint8, const_expr
 from cutlass.experimental import primitives as prims
 
-from ...cute_kernels.sm90.address import ld_i32, ld_i64, st_i32, st_i64
+from ...cute_kernels.sm90.address import ld_i32, st_i32, st_i64
 from ..config import MAX_RANKS
 from .config import COPY_WARPS, MAX_EXPERTS
 from .ll_verbs import (
     ACK,
     COUNTS,
+    RECEIVE_LIVE,
+    add_wait,
     base_of,
     finish,
-    mask_of,
+    is_live,
+    note_live,
     slot_of,
     start_next_kernel,
-    wait_data,
 )
+from .ll_waits import wait_data
 from .verbs import GMEM, PHASE, Group, aborted, may_proceed, wait_count
 
 THREADS = 32 * COPY_WARPS  # of a CTA that only receives; more may be there
@@ -51,7 +54,6 @@ class LlDispatchReceiveArgs:
     send_slot: Int64  # out, int32 (experts_per_rank, rows)
     recv_stats: Int64  # int32 (experts_per_rank,), added to
     wait_stats: Int64  # int64 (ranks,), ns waited for each source, added to
-    elastic: Int32
     experts_per_rank: Int32
     max_tokens: Int32
     max_topk: Int32
@@ -70,11 +72,15 @@ class DispatchReceiver:
         """By all threads."""
         tid, _, _ = cute.arch.thread_idx()
         warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
-        mask, base = mask_of(g, a.elastic), base_of(g, tid)
+        base = base_of(g, tid)
         if tid < COPY_WARPS:
             cute.arch.mbarrier_init(sm.full.data_ptr() + tid, 1)
         cute.arch.mbarrier_init_fence()
-        go = self.wait(g, a, sm, epoch, mask)
+        go = Boolean(True)
+        if const_expr(g.elastic):
+            self.wait_for_some(g, a, sm, epoch)
+        else:
+            go = self.wait(g, a, sm, epoch)
         if go:
             start_next_kernel()
             # Peers pushed in the async proxy, and their flags were acquired in the generic one.
@@ -83,13 +89,12 @@ class DispatchReceiver:
             cute.arch.sync_threads()
             if warp < a.warps:
                 self.copy_records(g, a, sm, epoch, warp, lane)
-        finish(g, ACK, "dispatch_receive", epoch, mask, False, go, base, sm.flag.data_ptr())
+        finish(g, ACK, "dispatch_receive", epoch, False, go, base, sm.flag.data_ptr())
 
     @cute.jit
-    def wait(self, g: Group, a: LlDispatchReceiveArgs, sm, epoch: Int32, mask: Int64):
-        """Counts into shared memory, and the data. False: it did not come. A source that is left out sends nothing."""
+    def wait(self, g: Group, a: LlDispatchReceiveArgs, sm, epoch: Int32):
+        """Counts into shared memory, and the data. False: it did not come."""
         tid, _, _ = cute.arch.thread_idx()
-        cta, _, _ = cute.arch.block_idx()
         rows = sm.firsts.get_tensor(cute.make_layout(MAX_EXPERTS))
         records = sm.arrived.get_tensor(cute.make_layout(MAX_RANKS))
         words = 1 + a.experts_per_rank
@@ -98,32 +103,50 @@ class DispatchReceiver:
         if (tid >= COUNT_THREADS) & (tid < THREADS):  # one warp waits for the data meanwhile
             source = tid - COUNT_THREADS
             if source < g.ranks:
-                reached = wait_data(g, epoch, source, mask)
-                if (cta == 0) & (a.wait_stats != 0):
-                    place = a.wait_stats + Int64(source) * 8
-                    st_i64(place, ld_i64(place) + (cute.arch.globaltimer() - start))
+                reached = wait_data(g, epoch, source)
+                add_wait(a.wait_stats, source, start)
         elif tid < COUNT_THREADS:
             for i in cutlass.range(tid, g.ranks * words, COUNT_THREADS, unroll=1):
                 source, word = i // words, i % words
                 if const_expr(g.remote):  # before the flag behind them, words that were put may be there in part
-                    wait_data(g, epoch, source, mask)
-                at = Int64(slot_of(epoch) * g.ranks + source) * a.counts_bytes + COUNTS + word * 8
-                count = wait_count(g, g.own + at, epoch, source, PHASE["ll_counts"], mask)
+                    wait_data(g, epoch, source)
+                count = wait_count(g, self.count_at(g, a, epoch, source, word), epoch, source, PHASE["ll_counts"])
                 if word == 0:
                     records[source] = count
                 else:
                     rows[(word - 1) * g.ranks + source] = count
-            if a.elastic == 0:
-                reached = not aborted(g)
-        go = may_proceed(g, reached)
-        if a.elastic != 0:
-            if not reached:
-                source = tid - COUNT_THREADS
-                records[source] = Int32(0)
-                for expert in cutlass.range(a.experts_per_rank, unroll=1):
-                    rows[expert * g.ranks + source] = Int32(0)
-            cute.arch.sync_threads()
-        return go
+            reached = not aborted(g)
+        return may_proceed(g, reached)
+
+    @cute.jit
+    def wait_for_some(self, g: Group, a: LlDispatchReceiveArgs, sm, epoch: Int32):
+        """The same where sources may be left out: first for the data of each, then the counts of those that are here.
+        Others have sent nothing."""
+        tid, _, _ = cute.arch.thread_idx()
+        threads, _, _ = cute.arch.block_dim()
+        rows = sm.firsts.get_tensor(cute.make_layout(MAX_EXPERTS))
+        records = sm.arrived.get_tensor(cute.make_layout(MAX_RANKS))
+        words = 1 + a.experts_per_rank
+        if tid < 32:
+            here, start = Boolean(False), cute.arch.globaltimer()
+            if tid < g.ranks:
+                here = wait_data(g, epoch, tid)
+                add_wait(a.wait_stats, tid, start)
+            note_live(g, sm.flag.data_ptr(), RECEIVE_LIVE, here)
+        cute.arch.sync_threads()
+        for i in cutlass.range(tid, g.ranks * words, threads, unroll=1):
+            source, word, count = i // words, i % words, Int32(0)
+            if is_live(g, sm.flag.data_ptr(), RECEIVE_LIVE, source):
+                count = ld_i32(self.count_at(g, a, epoch, source, word))  # the low half, without the epoch
+            if word == 0:
+                records[source] = count
+            else:
+                rows[(word - 1) * g.ranks + source] = count
+        cute.arch.sync_threads()
+
+    def count_at(self, g: Group, a: LlDispatchReceiveArgs, epoch, source, word):
+        """Address of a count word in my memory."""
+        return g.own + Int64(slot_of(epoch) * g.ranks + source) * a.counts_bytes + COUNTS + word * 8
 
     @cute.jit
     def number_rows(self, g: Group, a: LlDispatchReceiveArgs, sm):

@@ -23,23 +23,24 @@ from cutlass.experimental import primitives as prims
 from ...cute_kernels.sm90 import ptx
 from ...cute_kernels.sm90.address import ld_id, ld_vector, st_i32
 from ..config import MAX_RANKS
-from ..ll_config import MAX_TOPK, SLOTS
+from ..ll_config import MAX_TOPK
 from .config import BF16, F32_SCALES, IDS, INDEX_WARPS, TOKEN_WARPS, UE8M0_SCALES
 from .ll_remote import RemoteGroup, put
 from .ll_verbs import (
-    ACK,
     COUNTS,
     READY,
+    SEND_LIVE,
     base_of,
     finish,
-    line,
-    mask_of,
+    is_live,
     next_epoch,
+    note_live,
     outbox_of,
     slot_of,
     start_next_kernel,
 )
-from .verbs import GMEM, PHASE, Group, is_masked, may_proceed, peer_base, send_count, wait_flag
+from .ll_waits import wait_ack
+from .verbs import GMEM, Group, may_proceed, peer_base, send_count
 
 TOKEN_THREADS = 32 * TOKEN_WARPS
 INDEX_THREADS = 32 * INDEX_WARPS
@@ -62,7 +63,6 @@ class LlDispatchSendArgs:
     format: Int32  # BF16 ... UE8M0_SCALES
     teams: Int32  # per CTA, a power of two
     epoch: Int64  # out, int32 (1,)
-    elastic: Int32
     experts: Int32
     experts_per_rank: Int32
     max_tokens: Int32
@@ -95,12 +95,12 @@ class DispatchSender:
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
-        epoch, mask, base = next_epoch(g), mask_of(g, a.elastic), base_of(g, tid)
+        epoch, base = next_epoch(g), base_of(g, tid)
         if (cta == 0) & (tid == 0):
             st_i32(a.epoch, epoch)
         go = Boolean(True)
         if (warp >= TOKEN_WARPS) & (warp < TOKEN_WARPS + INDEX_WARPS):
-            go = self.index_begin(g, a, sm, epoch, mask, tid - TOKEN_THREADS)
+            go = self.index_begin(g, a, sm, epoch, tid - TOKEN_THREADS)
         # Packing touches no peer, so it does not wait for them; the barrier before the first push does.
         rounds = (a.tokens + ctas * a.teams - 1) // (ctas * a.teams)
         for r in cutlass.range(rounds if rounds > 0 else 1, unroll=1):
@@ -115,24 +115,27 @@ class DispatchSender:
             go = may_proceed(g, go)
             if go & (warp < a.teams):
                 if first + warp * ctas < a.tokens:
-                    self.push(g, a, sm, epoch, mask, warp, lane)
+                    self.push(g, a, sm, epoch, warp, lane)
             elif go & (r == 0) & (cta == ctas - 1) & (warp >= TOKEN_WARPS):  # that CTA has the fewest tokens
-                self.send_counts(g, a, sm, epoch, mask, tid - TOKEN_THREADS)
+                self.send_counts(g, a, sm, epoch, tid - TOKEN_THREADS)
             cute.arch.sync_threads()
         if const_expr(not self.receives):
             start_next_kernel()
         cute.arch.cp_async_bulk_wait_group(0)
-        finish(g, READY, "dispatch_send", epoch, mask, True, go, base, sm.flag.data_ptr())
+        finish(g, READY, "dispatch_send", epoch, True, go, base, sm.flag.data_ptr())
         return epoch, go
 
     @cute.jit
-    def index_begin(self, g: Group, a: LlDispatchSendArgs, sm, epoch: Int32, mask: Int64, thread: Int32):
+    def index_begin(self, g: Group, a: LlDispatchSendArgs, sm, epoch: Int32, thread: Int32):
         """What the index warps do before the first round. False if a peer's acknowledgement did not come."""
         self.load_ids(a, sm, thread)
         reached = Boolean(True)
         if thread < g.ranks:
             sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[thread] = peer_base(g, thread)
-            reached = wait_flag(g, g.own + line(ACK, epoch, thread), epoch - SLOTS, thread, PHASE["ll_ack"], mask)
+            reached = wait_ack(g, epoch, thread)
+        if const_expr(g.elastic):
+            if thread < 32:
+                note_live(g, sm.flag.data_ptr(), SEND_LIVE, reached)
         return may_proceed(g, reached, INDEX_BARRIER, INDEX_THREADS)
 
     @cute.jit
@@ -155,7 +158,7 @@ class DispatchSender:
         return ids[i] if i < IDS else self.id_of(a, i)
 
     @cute.jit
-    def send_counts(self, g: Group, a: LlDispatchSendArgs, sm, epoch: Int32, mask: Int64, thread: Int32):
+    def send_counts(self, g: Group, a: LlDispatchSendArgs, sm, epoch: Int32, thread: Int32):
         """{epoch, tokens} and {epoch, choices} of each expert, to their ranks."""
         counters = sm.counters.data_ptr()
         for i in cutlass.range(thread, a.experts + g.ranks, INDEX_THREADS, unroll=1):
@@ -177,7 +180,7 @@ class DispatchSender:
             rank, word = i - a.experts, Int32(0)
             if i < a.experts:
                 rank, word = i // a.experts_per_rank, 1 + i % a.experts_per_rank
-            if not is_masked(mask, rank):
+            if is_live(g, sm.flag.data_ptr(), SEND_LIVE, rank):
                 base = sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[rank]
                 place = base + mine + word * 8
                 if const_expr(g.remote):
@@ -186,19 +189,14 @@ class DispatchSender:
                 send_count(place, epoch, cute.arch.load(counters + i, Int32))
         if const_expr(g.remote):
             cute.arch.barrier(barrier_id=INDEX_BARRIER, number_of_threads=INDEX_THREADS)
-            self.put_counts(g, a, sm, epoch, mask, mine, thread // 32)
+            self.put_counts(g, a, sm, epoch, mine, thread // 32)
 
     @cute.jit
-    def put_counts(
-        self, g: RemoteGroup, a: LlDispatchSendArgs, sm, epoch: Int32, mask: Int64, mine: Int64, warp: Int32
-    ):
+    def put_counts(self, g: RemoteGroup, a: LlDispatchSendArgs, sm, epoch: Int32, mine: Int64, warp: Int32):
         """By one warp: counts from the outbox to every fourth rank that only NVSHMEM reaches."""
         bases = sm.bases.get_tensor(cute.make_layout(MAX_RANKS))
         for rank in cutlass.range(cute.arch.make_warp_uniform(warp), g.ranks, INDEX_WARPS, unroll=1):
-            wanted = Int32(0)
-            if bases[rank] == 0:
-                wanted = Int32(not is_masked(mask, rank))
-            if cute.arch.shuffle_sync(wanted, 0) != 0:  # a mask may change between two lanes
+            if (bases[rank] == 0) & is_live(g, sm.flag.data_ptr(), SEND_LIVE, rank):
                 put(g, mine, outbox_of(g, epoch) + Int64(rank) * a.counts_bytes, 8 + 8 * a.experts_per_rank, rank)
 
     @cute.jit
@@ -312,7 +310,7 @@ class DispatchSender:
                 cute.arch.store(cute.recast_ptr(place + column // 128 * 4, dtype=Int32), scale.bitcast(Int32))
 
     @cute.jit
-    def push(self, g: Group, a: LlDispatchSendArgs, sm, epoch: Int32, mask: Int64, team: Int32, lane: Int32):
+    def push(self, g: Group, a: LlDispatchSendArgs, sm, epoch: Int32, team: Int32, lane: Int32):
         """By one warp: the head into the record, then the record to every rank, a lane each."""
         head = cute.make_tensor(sm.heads.data_ptr() + team * HEAD_WORDS, cute.make_layout(HEAD_WORDS))
         record = sm.data.data_ptr() + team * a.record_bytes
@@ -327,7 +325,7 @@ class DispatchSender:
             if const_expr(g.remote):
                 mapped = mapped & (sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[lane] != 0)
             if mapped:
-                if not is_masked(mask, lane):
+                if is_live(g, sm.flag.data_ptr(), SEND_LIVE, lane):
                     size = record_size(a)
                     at = Int64(slot_of(epoch)) * a.slot_bytes + Int64(g.rank * a.max_tokens + index) * a.record_bytes
                     prims.cp_async_bulk_global_shared_cta(
@@ -342,13 +340,11 @@ class DispatchSender:
                     )
         cute.arch.cp_async_bulk_commit_group()
         if const_expr(g.remote):
-            self.put_record(g, a, sm, epoch, mask, team, lane)
+            self.put_record(g, a, sm, epoch, team, lane)
         cute.arch.cp_async_bulk_wait_group(0, read=True)  # before the next round overwrites the record
 
     @cute.jit
-    def put_record(
-        self, g: RemoteGroup, a: LlDispatchSendArgs, sm, epoch: Int32, mask: Int64, team: Int32, lane: Int32
-    ):
+    def put_record(self, g: RemoteGroup, a: LlDispatchSendArgs, sm, epoch: Int32, team: Int32, lane: Int32):
         """By one warp: the record to the ranks that only NVSHMEM reaches, by way of the outbox."""
         token = cute.make_tensor(sm.heads.data_ptr() + team * HEAD_WORDS, cute.make_layout(HEAD_WORDS))[0]
         index = cute.make_tensor(sm.index.data_ptr() + team * MAX_RANKS, cute.make_layout(MAX_RANKS))
@@ -359,7 +355,7 @@ class DispatchSender:
         if lane < g.ranks:
             if index[lane] >= 0:
                 if sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[lane] == 0:
-                    wanted = not is_masked(mask, lane)
+                    wanted = is_live(g, sm.flag.data_ptr(), SEND_LIVE, lane)
         ranks = cute.arch.vote_ballot_sync(wanted)
         if ranks != 0:
             copy = outbox_of(g, epoch) + Int64(g.ranks) * a.counts_bytes + Int64(token) * a.record_bytes

@@ -18,7 +18,7 @@ from cutlass import Int32, Int64, const_expr
 
 from ...cute_kernels.sm90.address import ld_i32
 from . import nvshmem_library
-from .verbs import Group, set_flag
+from .verbs import GMEM, Group, set_flag
 
 # Values of NVSHMEM's enumerations.
 SIGNAL_SET = 9
@@ -49,6 +49,10 @@ def _fence(peer: Int32, queues: Int64, count: Int32) -> None: ...
 
 @cute.extern(name="nvshmemx_qp_signal_op", source=_LIBRARY)
 def _signal_op(flag: Int64, value: Int64, operation: Int32, peer: Int32, queue: Int32) -> None: ...
+
+
+@cute.extern(name="nvshmem_int_g", source=_LIBRARY)
+def _get(word: Int64, peer: Int32) -> Int32: ...
 
 
 @cute.extern(name="nvshmem_uint64_test", source=_LIBRARY)
@@ -96,6 +100,21 @@ def see_data(g: RemoteGroup, flag: Int64, epoch: Int32, peer_base: Int64):
     """After the flag of a peer was seen: what the NIC has written before it. NVSHMEM does here what the GPU needs."""
     if peer_base == 0:
         _test(flag, Int32(CMP_EQ), _word(epoch))
+
+
+@cute.jit
+def ld_peer_i32(g: Group, base: Int64, offset: Int64, peer: Int32):
+    """An int32 at the offset of the peer's memory, whose base this is."""
+    word = Int32(0)
+    if const_expr(g.remote):
+        word = _ld_sys(base + offset) if base != 0 else _get(g.own + offset, peer)
+    else:
+        word = _ld_sys(base + offset)
+    return word
+
+
+def _ld_sys(address):
+    return cute.arch.load(cute.make_ptr(Int32, address, GMEM, assumed_align=4), Int32, sem="relaxed", scope="sys")
 
 
 def _word(epoch):

@@ -1,22 +1,55 @@
-"""What the low-latency kernels share: places in the memory, and the end of an operation."""
+"""What the low-latency kernels share: the group, places in the memory, and the end of an operation."""
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int64, const_expr
+from cutlass import Boolean, Int32, Int64, const_expr
 
-from ...cute_kernels.sm90.address import ld_i32, st_i32
+from ...cute_kernels.sm90.address import ld_i32, ld_i64, st_i32, st_i64
 from ..config import LINE, MAX_RANKS
 from ..ll_config import LL_KERNELS, SLOTS, LlConfig, LlLayout
-from .ll_remote import see_data, set_flag_of
-from .verbs import PHASE, Group, aborted, is_masked, last_to_arrive, peer_base, wait_flag
+from .config import Parts, RemoteParts
+from .ll_remote import RemoteGroup, set_flag_of
+from .verbs import Group, aborted, last_to_arrive, peer_base
 
 _ANY = LlLayout(LlConfig(ranks=1, hidden=128, max_tokens=1, num_experts=1, max_topk=1))
 READY = _ANY.ready.offset
 ACK = _ANY.ack.offset
 EPOCH = _ANY.epoch.offset
 MASK = _ANY.mask.offset
+VERDICT = _ANY.verdict.offset
+TOLD = _ANY.told.offset
 COUNTS = _ANY.counts.offset
 ARRIVALS = {name: _ANY.arrivals.at(i) for i, name in enumerate(LL_KERNELS)}
+
+SEND_LIVE, RECEIVE_LIVE = 1, 2  # words of a CTA's `flag`: bit r: rank r is not left out of the operation
+
+
+@dataclass(frozen=True)
+class ElasticGroup(Group):
+    """The group of a kernel that may leave peers out."""
+
+    elastic: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class ElasticRemoteGroup(RemoteGroup):
+    elastic: ClassVar[bool] = True
+
+
+def group_of(config: Parts) -> type[Group]:
+    """What a kernel is compiled for."""
+    if isinstance(config, RemoteParts):
+        return ElasticRemoteGroup if config.elastic else RemoteGroup
+    return ElasticGroup if config.elastic else Group
+
+
+def name_of(kernel: str, config: Parts) -> str:
+    parts = "_send" * config.sends + "_receive" * config.receives
+    kinds = "_coded" * config.coded + "_elastic" * config.elastic + "_nvshmem" * isinstance(config, RemoteParts)
+    return f"cutehop_ep_{kernel}{parts}{kinds}"
 
 
 def slot_of(epoch):
@@ -29,18 +62,35 @@ def line(region: int, epoch, peer):
 
 
 @cute.jit
-def mask_of(g: Group, elastic):
-    """Address of the mask, or 0 if no rank can be left out."""
-    mask = Int64(0)
-    if elastic != 0:
-        mask = g.own + MASK
-    return mask
+def is_masked(g: Group, peer):
+    """Whether a peer is left out from now on."""
+    masked = Boolean(False)
+    if const_expr(g.elastic):
+        masked = ld_i32(g.own + MASK + Int64(peer) * 4) != 0
+    return masked
 
 
 @cute.jit
-def finish(
-    g: Group, region: cutlass.Constexpr, kernel: str, epoch, mask, counts_epoch: bool, go, base, shared: cute.Pointer
-):
+def note_live(g: Group, shared: cute.Pointer, which: cutlass.Constexpr, live):
+    """By one warp: what lane r has found out about rank r, for the threads behind the next barrier."""
+    if const_expr(g.elastic):
+        lane = cute.arch.lane_idx()
+        live = cute.arch.vote_ballot_sync(live & (lane < g.ranks))
+        if lane == 0:
+            cute.arch.store(shared + which, Int32(live))
+
+
+@cute.jit
+def is_live(g: Group, shared: cute.Pointer, which: cutlass.Constexpr, peer):
+    """Whether a rank takes part in this operation, for this CTA."""
+    live = Boolean(True)
+    if const_expr(g.elastic):
+        live = (cute.arch.load(shared + which, Int32) >> peer) & 1 != 0
+    return live
+
+
+@cute.jit
+def finish(g: Group, region: cutlass.Constexpr, kernel: str, epoch, counts_epoch: bool, go, base, shared: cute.Pointer):
     """End of a kernel, by all its threads: the last CTA sets my flag at every peer.
 
     region: READY of a send kernel, ACK of a receive kernel. counts_epoch: whether the operation counts here.
@@ -51,25 +101,11 @@ def finish(
     if last_to_arrive(g, ARRIVALS[kernel], shared, region == READY):
         if (not aborted(g)) if ctas > 1 else go:
             if tid < g.ranks:
-                left_out = Boolean(False)
-                if const_expr(region == READY):  # that I need its data no more is told to all: it may come back
-                    left_out = is_masked(mask, tid)
-                if not left_out:
+                if not is_masked(g, tid):  # to any CTA: a rank to which one has not sent does not see the flag
                     set_flag_of(g, base, line(region, epoch, g.rank), epoch, tid, region == READY)
             if counts_epoch:
                 if tid == 0:
                     st_i32(g.own + EPOCH, epoch)
-
-
-@cute.jit
-def wait_data(g: Group, epoch, source, mask):
-    """Wait for all that a source sent in an operation; as wait_flag."""
-    flag = g.own + line(READY, epoch, source)
-    reached = wait_flag(g, flag, epoch, source, PHASE["ll_ready"], mask)
-    if const_expr(g.remote):
-        if reached:
-            see_data(g, flag, epoch, peer_base(g, source))
-    return reached
 
 
 @cute.jit
@@ -88,6 +124,15 @@ def outbox_of(g, epoch):
 
 def next_epoch(g: Group):
     return ld_i32(g.own + EPOCH) + 1
+
+
+@cute.jit
+def add_wait(stats, source, start):
+    """Add what a wait since `start` took to int64 (ranks,), unless there is none."""
+    cta, _, _ = cute.arch.block_idx()
+    if (cta == 0) & (stats != 0):
+        place = stats + Int64(source) * 8
+        st_i64(place, ld_i64(place) + (cute.arch.globaltimer() - start))
 
 
 def start_next_kernel():

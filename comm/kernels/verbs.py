@@ -13,7 +13,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64
 
 from ...cute_kernels.sm90 import ptx
-from ...cute_kernels.sm90.address import ld_i32, ld_i64, ld_vector, st_i32, st_i64
+from ...cute_kernels.sm90.address import ld_i32, ld_i64, ld_vector, st_i64
 from ..config import LINE, EpConfig
 from ..layout import KERNELS, OPERATIONS, PHASES, EpLayout
 
@@ -34,9 +34,11 @@ PHASE = {name: i for i, name in enumerate(PHASES)}
 
 @dataclass(frozen=True)
 class Group:
-    """The group as a kernel sees it. remote: whether there may be peers that only NVSHMEM reaches (ll_remote.py)."""
+    """The group as a kernel sees it. remote: whether there may be peers that only NVSHMEM reaches (ll_remote.py).
+    elastic: whether peers may be left out (ll_waits.py)."""
 
     remote: ClassVar[bool] = False
+    elastic: ClassVar[bool] = False
 
     bases: Int64  # address of int64 (ranks,): base of every rank's memory
     own: Int64  # base of my memory
@@ -74,61 +76,39 @@ def report(g: Group, peer, phase: int, expected, got, waited_ns):
         cute.arch.store(raised, Int64(1), sem="release", scope="sys")
 
 
-NO_MASK = Int64(0)
-
-
 @cute.jit
-def expired(g: Group, peer, phase, expected, got, waited_ns, mask):
-    """A wait is over its deadline: leave the peer out from now on if there is a mask, else give up."""
-    if mask != 0:
-        st_i32(mask + Int64(peer) * 4, Int32(1))
-    else:
-        report(g, peer, phase, expected, got, waited_ns)
-
-
-@cute.jit
-def is_masked(mask, peer):
-    """Whether a peer is left out. mask: address of int32 (ranks,), or 0 if none can be."""
-    masked = Boolean(False)
-    if mask != 0:
-        masked = ld_i32(mask + Int64(peer) * 4) != 0
-    return masked
-
-
-@cute.jit
-def wait_flag(g: Group, address, epoch, peer, phase, mask=NO_MASK):
+def wait_flag(g: Group, address, epoch, peer, phase):
     """Wait until the flag in my memory has reached `epoch`; orders what the peer wrote before it set the flag.
 
-    mask: address of int32 (ranks,) if peers may be left out. Returns whether the flag was reached, the peer was not
-    left out before, and no earlier wait of this rank had expired.
+    Returns whether the flag was reached and no earlier wait of this rank had expired.
     """
     flag = cute.make_ptr(Int32, address, GMEM, assumed_align=4)
     start, waited = cute.arch.globaltimer(), Int64(0)
-    left_out = aborted(g) | is_masked(mask, peer)  # before the flag: behind an acquire it would be a trip of its own
+    given_up = aborted(g)  # before the flag: behind an acquire it would be a trip of its own
     seen = cute.arch.load(flag, Int32, sem="acquire", scope="sys")
-    stop = left_out
+    stop = given_up
     while (seen - epoch < 0) & (not stop):
         seen = cute.arch.load(flag, Int32, sem="acquire", scope="sys")
         waited = cute.arch.globaltimer() - start
         if waited > g.timeout_ns:
             stop = Boolean(True)
-            expired(g, peer, phase, epoch, seen, waited, mask)
-    return (seen - epoch >= 0) & (not left_out)
+            report(g, peer, phase, epoch, seen, waited)
+    return (seen - epoch >= 0) & (not given_up)
 
 
 @cute.jit
-def wait_count(g: Group, address, epoch, peer, phase, mask=NO_MASK):
+def wait_count(g: Group, address, epoch, peer, phase):
     """Wait for a count word of `epoch` in my memory and return the count; 0 if it does not come."""
     pointer = cute.make_ptr(Int64, address, GMEM, assumed_align=8)
     start, waited = cute.arch.globaltimer(), Int64(0)
-    stop = aborted(g) | is_masked(mask, peer)
+    stop = aborted(g)
     word = cute.arch.load(pointer, Int64, sem="relaxed", scope="sys")
     while (Int32(word >> 32) != epoch) & (not stop):
         word = cute.arch.load(pointer, Int64, sem="relaxed", scope="sys")
         waited = cute.arch.globaltimer() - start
         if waited > g.timeout_ns:
             stop = Boolean(True)
-            expired(g, peer, phase, epoch, Int32(word >> 32), waited, mask)
+            report(g, peer, phase, epoch, Int32(word >> 32), waited)
     count = Int32(0)
     if Int32(word >> 32) == epoch:
         count = Int32(word & 0x7FFFFFFF)
@@ -189,7 +169,7 @@ def may_proceed(g: Group, reached, barrier: int = 0, threads: cutlass.Constexpr 
     """
     failed = Int32(0)
     if not reached:
-        failed = Int32(aborted(g))  # not if the peer is left out instead
+        failed = Int32(aborted(g))  # not if the peer is left out instead (ll_waits.py)
     return ptx.barrier_or(failed, barrier, threads) == 0
 
 

@@ -160,7 +160,7 @@ class LowLatency:
 
         x: bfloat16 (L, R * T, H), contiguous, in the order of the received rows; read in place, never copied first.
         topk_idx: of the dispatch.  topk_weights: float32 (n, k).  handle: of the dispatch.
-        use_logfmt: rows travel in 10 bits per value where that is possible (not on a GPU).
+        use_logfmt: rows travel in 10 bits per value where that is possible.
         zero_copy: the rows are in the tensor of the last get_next_low_latency_combine_buffer and x is not read.
         out: bfloat16 (n, H), contiguous, for the result.
         combine_wait_recv_cost_stats: int64 (R,), as dispatch_wait_recv_cost_stats.
@@ -169,7 +169,7 @@ class LowLatency:
         Returns (combined_x bfloat16 (n, H), event, hook or None).
 
         As in V1, RuntimeError for zero_copy with use_logfmt; for zero_copy with no such tensor; the rest as for
-        low_latency_dispatch. NotImplementedError for use_logfmt on a GPU.
+        low_latency_dispatch.
         """
         check(
             not (zero_copy and use_logfmt),
@@ -201,7 +201,7 @@ class LowLatency:
             lambda: core.combine_send(rows, way, num_topk=topk_idx.shape[1], use_logfmt=use_logfmt),
             lambda: empty_combined(core.config, topk_weights) if out is None else out,
             lambda epoch, out: core.combine_receive(
-                epoch, topk_idx, topk_weights, out=out, wait_stats=combine_wait_recv_cost_stats
+                epoch, topk_idx, topk_weights, use_logfmt=use_logfmt, out=out, wait_stats=combine_wait_recv_cost_stats
             ),
             (rows, topk_idx, topk_weights, way, combine_wait_recv_cost_stats),
             async_finish,
@@ -221,9 +221,10 @@ class LowLatency:
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Mask a rank, or let it come back: a masked rank is sent nothing and not waited for, as one that did not come
-        in time. Legal while nothing is outstanding.
+        in time. cutehop.comm.ll_base.LowLatencyBuffer tells how ranks agree that one comes back.
 
-        RuntimeError, as in V1, without enable_shrink, and before the first call, since there are no masks yet.
+        RuntimeError, as in V1, without enable_shrink, before the first call, since there are no masks yet, and to let a
+        rank come back while an operation is outstanding.
         """
         self._ll_elastic("low_latency_update_mask_buffer").update_mask(rank_to_mask, mask)
 

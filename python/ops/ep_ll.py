@@ -20,11 +20,12 @@ ep_ll_dispatch_recv(epoch, buffer, num_topk, use_fp8=True, use_ue8m0=False)
     scales, or, with bfloat16, (0,); int32 (L,) received rows of each expert; and with recv_count the handle: int32
     (L, R * T), int64 (L, R), int32 (L, R * T). Rows past the received ones are undefined.
 
-ep_ll_combine_send(y, src_info, layout_range, recv_count, send_slot, buffer, num_topk) -> epoch
+ep_ll_combine_send(y, src_info, layout_range, recv_count, send_slot, buffer, num_topk, use_logfmt=False) -> epoch
     y                        bfloat16 (L, R * T, H), contiguous, in the order of the received rows.
+    use_logfmt               rows travel in 10 bits per value, where that is possible.
 
-ep_ll_combine_recv(epoch, topk_idx, topk_weights, buffer) -> combined_x
-    topk_idx                 of the dispatch.  topk_weights: float32 (n, k), contiguous.
+ep_ll_combine_recv(epoch, topk_idx, topk_weights, buffer, use_logfmt=False) -> combined_x
+    topk_idx                 of the dispatch.  topk_weights: float32 (n, k), contiguous.  use_logfmt: of the send.
     Returns bfloat16 (n, H).
 
 torch.compile drops no call of the four, used or not, and keeps their order (cutehop.ops.ep says what its inductor
@@ -105,9 +106,10 @@ def _combine_send(
     send_slot: Tensor,
     buffer: str,
     num_topk: int,
+    use_logfmt: bool = False,
 ) -> Tensor:
     handle = LlHandle(src_info, layout_range, recv_count, send_slot)
-    return find(buffer).combine_send(y, handle, num_topk=num_topk)
+    return find(buffer).combine_send(y, handle, num_topk=num_topk, use_logfmt=use_logfmt)
 
 
 def _combine_send_fake(
@@ -118,17 +120,22 @@ def _combine_send_fake(
     send_slot: Tensor,
     buffer: str,
     num_topk: int,
+    use_logfmt: bool = False,
 ) -> Tensor:
     core = find(buffer)
     checks.check_combine_send(core.config, core.device, y, src_info, layout_range, recv_count, send_slot, num_topk)
     return y.new_empty((1,), dtype=torch.int32)
 
 
-def _combine_recv(epoch: Tensor, topk_idx: Tensor, topk_weights: Tensor, buffer: str) -> Tensor:
-    return find(buffer).combine_receive(epoch, topk_idx, topk_weights)
+def _combine_recv(
+    epoch: Tensor, topk_idx: Tensor, topk_weights: Tensor, buffer: str, use_logfmt: bool = False
+) -> Tensor:
+    return find(buffer).combine_receive(epoch, topk_idx, topk_weights, use_logfmt=use_logfmt)
 
 
-def _combine_recv_fake(epoch: Tensor, topk_idx: Tensor, topk_weights: Tensor, buffer: str) -> Tensor:
+def _combine_recv_fake(
+    epoch: Tensor, topk_idx: Tensor, topk_weights: Tensor, buffer: str, use_logfmt: bool = False
+) -> Tensor:
     core = find(buffer)
     checks.check_combine_receive(core.config, core.device, epoch, topk_idx, topk_weights)
     return empty_combined(core.config, topk_weights)
@@ -166,13 +173,13 @@ _define(
 )
 _define(
     "ep_ll_combine_send",
-    f"(Tensor y, {HANDLE}, str buffer, int num_topk) -> Tensor epoch",
+    f"(Tensor y, {HANDLE}, str buffer, int num_topk, bool use_logfmt=False) -> Tensor epoch",
     _combine_send,
     _combine_send_fake,
 )
 _define(
     "ep_ll_combine_recv",
-    "(Tensor epoch, Tensor topk_idx, Tensor topk_weights, str buffer) -> Tensor combined_x",
+    "(Tensor epoch, Tensor topk_idx, Tensor topk_weights, str buffer, bool use_logfmt=False) -> Tensor combined_x",
     _combine_recv,
     _combine_recv_fake,
 )

@@ -34,6 +34,28 @@ LOGFMT_LARGEST = 2**LOGFMT_BITS - 1  # the code of a group's largest magnitude
 LOGFMT_SPAN = 32.0  # powers of two that the codes of a group reach down from its largest magnitude
 LOGFMT_CHUNK = 1024  # columns, at most, that are encoded together or not at all
 LOGFMT_UNIT = 16  # values whose bits lie together
+# log2(1 + t) / t for t in [0, 1), and 2^f for f in [0, 1], highest power first: every step of them is rounded to fp32,
+# so that all that compute with these numbers get the same bits. Off by less than 3e-7 and 2e-7.
+LOG2 = (
+    -0.012671715579926968,
+    0.06484165787696838,
+    -0.15704980492591858,
+    0.25716865062713623,
+    -0.35380101203918457,
+    0.48013150691986084,
+    -0.7213143110275269,
+    1.4426947832107544,
+)
+EXP2 = (
+    0.0018964617047458887,
+    0.008942835032939911,
+    0.05586623400449753,
+    0.24013972282409668,
+    0.6931547522544861,
+    0.9999998807907104,
+)
+LOGFMT_BEND = math.log(2) / 8  # of rounding, below
+LOGFMT_STEPS = 1 / (LOGFMT_LARGEST - 1)
 Pairs = Collection[tuple[int, int]]
 
 
@@ -193,10 +215,11 @@ def weighted_sum(rows: Tensor, topk_weights: Tensor, valid: Tensor) -> Tensor:
 def logfmt_encode(x: Tensor) -> tuple[Tensor, Tensor]:
     """Magnitudes as 9-bit codes of their logarithms, on a scale that each 128 columns have for themselves.
 
-    x: bfloat16 (n, H). Per group of 128, in fp32:
-        la = log2(amax), li = max(log2(amin), la - 32), step = (la - li) / 510      amax, amin of |x|
-        code = floor(max(log2|x| / step + rounding - li / step, 0))      rounding = 2 - log2((1 + 2^step) / 2) / step
-    Code 0 is 0, code c is 2^((c - 1) * step + li), so amin is 1 and amax 511, and a value lies nearest to its code's.
+    x: bfloat16 (n, H). Per group of 128, in fp32, every operation rounded on its own, log2 as LOG2 has it:
+        la = log2(amax), li = max(log2(amin), la - 32), step = (la - li) * (1 / 510)      amax, amin of |x|
+        code = floor((log2|x| - li) * (1 / step) + rounding), 0..511      rounding = 1.5 - step * ln 2 / 8
+    Code 0 is 0, code c is 2^((c - 1) * step + li), so amin is 1 and amax 511, and a value lies nearest to its code's:
+    2 - log2((1 + 2^step) / 2) / step, which V1 rounds by, is 1.5 - step * ln 2 / 8 to 5e-7 for all steps.
 
     Returns limits bfloat16 (n, H / 128, 2), amax and amin of each group, and packed uint8 (n, H / 16, 20): value j of
     16 has its code in bits 9j to 9j + 8 and its sign in bit 144 + j, counted from the lowest of the first byte.
@@ -207,13 +230,13 @@ def logfmt_encode(x: Tensor) -> tuple[Tensor, Tensor]:
     amin, amax = groups.abs().aminmax(dim=-1)
     limits = torch.stack([amax, amin], -1).bfloat16()
     low, step = (each[..., None] for each in _logfmt_scale(limits))
-    rounding = 2 - ((1 + step.exp2()) / 2).log2() / step
-    codes = (groups.abs().log2() / step + rounding - low / step).clamp(0, LOGFMT_LARGEST).floor()
+    rounding = 1.5 - step * LOGFMT_BEND
+    codes = ((_log2(groups.abs()) - low) * (1 / step) + rounding).floor().clamp(0, LOGFMT_LARGEST)
     usable = step[..., 0] > 0
-    codes = codes.masked_fill(~usable[..., None], 0).int().view(n, -1, LOGFMT_UNIT)
+    codes = codes.masked_fill(~usable[..., None], 0).int().view(n, hidden // LOGFMT_UNIT, LOGFMT_UNIT)
     bits = (codes[..., None] >> torch.arange(LOGFMT_BITS, device=x.device)) & 1
-    negative = (x.view(n, -1, LOGFMT_UNIT) < 0).int()
-    octets = torch.cat([bits.flatten(-2), negative], -1).view(n, hidden // LOGFMT_UNIT, -1, 8)
+    negative = (x.view(n, hidden // LOGFMT_UNIT, LOGFMT_UNIT) < 0).int()
+    octets = torch.cat([bits.flatten(-2), negative], -1).unflatten(-1, ((LOGFMT_BITS + 1) * LOGFMT_UNIT // 8, 8))
     return limits, (octets << torch.arange(8, device=x.device)).sum(-1).to(torch.uint8)
 
 
@@ -223,7 +246,8 @@ def logfmt_applies(limits: Tensor) -> Tensor:
     hidden = limits.shape[1] * FP8_GROUP
     _, step = _logfmt_scale(limits)
     usable = (limits[..., 0].float() < 1) & (step > 0)
-    return usable.view(len(limits), -1, math.gcd(hidden, LOGFMT_CHUNK) // FP8_GROUP).all(-1)
+    chunk = math.gcd(hidden, LOGFMT_CHUNK)
+    return usable.view(len(limits), hidden // chunk, chunk // FP8_GROUP).all(-1)
 
 
 def logfmt_decode(limits: Tensor, packed: Tensor, x: Tensor) -> Tensor:
@@ -232,9 +256,9 @@ def logfmt_decode(limits: Tensor, packed: Tensor, x: Tensor) -> Tensor:
     bits = ((packed[..., None] >> torch.arange(8, device=x.device)) & 1).flatten(-2).int()
     split = LOGFMT_UNIT * LOGFMT_BITS
     codes = bits[..., :split].unflatten(-1, (LOGFMT_UNIT, LOGFMT_BITS)) << torch.arange(LOGFMT_BITS, device=x.device)
-    groups = codes.sum(-1).view(n, -1, FP8_GROUP)
+    groups = codes.sum(-1).view(n, hidden // FP8_GROUP, FP8_GROUP)
     low, step = (each[..., None] for each in _logfmt_scale(limits))
-    magnitude = torch.where(groups > 0, ((groups - 1) * step + low).exp2(), 0.0).view(n, hidden)
+    magnitude = torch.where(groups > 0, _exp2((groups - 1) * step + low), 0.0).view(n, hidden)
     values = torch.where(bits[..., split:].reshape(n, hidden) == 1, -magnitude, magnitude)
     applies = logfmt_applies(limits).repeat_interleave(math.gcd(hidden, LOGFMT_CHUNK), 1)
     return torch.where(applies, values, x.float())
@@ -242,9 +266,30 @@ def logfmt_decode(limits: Tensor, packed: Tensor, x: Tensor) -> Tensor:
 
 def _logfmt_scale(limits: Tensor) -> tuple[Tensor, Tensor]:
     """li and step of every group; step is 0 or NaN where all magnitudes are equal."""
-    largest, smallest = limits.float().log2().unbind(-1)
+    largest, smallest = _log2(limits.float()).unbind(-1)
     low = torch.maximum(smallest, largest - LOGFMT_SPAN)
-    return low, (largest - low) / (LOGFMT_LARGEST - 1)
+    return low, (largest - low) * LOGFMT_STEPS
+
+
+def _log2(x: Tensor) -> Tensor:
+    """Of magnitudes that are bfloat16, in fp32; -inf of 0."""
+    mantissa, exponent = x.frexp()
+    t = mantissa * 2 - 1
+    value = (exponent - 1) + t * _polynomial(LOG2, t)
+    return value.masked_fill(x == 0, -math.inf).where(x.isfinite(), x)
+
+
+def _exp2(x: Tensor) -> Tensor:
+    whole = x.floor()
+    half = (whole / 2).floor()  # in two factors, since 2^x may be subnormal
+    return _polynomial(EXP2, x - whole) * half.exp2() * (whole - half).exp2()
+
+
+def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    value = torch.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = value * x + coefficient
+    return value
 
 
 def _gather(per_source: Sequence[Tensor], handle: Handle) -> Tensor:

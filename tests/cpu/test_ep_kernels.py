@@ -19,17 +19,19 @@ VARIANTS = [each for each in kernels.variants() if not isinstance(each[1], sizes
 REGISTERS_PER_SM = 65536
 # What each kernel does with rows by bulk copies: load, store.
 LOADING = ("receive", "combine_receive", "ll_dispatch+receive", "ll_combine+send")
-STORING = ("receive", "ll_dispatch+send", "ll_dispatch+receive", "ll_combine+send")
+STORING = ("receive", "ll_dispatch+send", "ll_dispatch+receive", "ll_combine+send", "ll_combine_coded+send")
 RINGS = ("receive", "ll_combine+send")  # a stage is loaded again once its last store has read it
 PULLING = ("receive", "combine_receive")  # reads peers' memory
-WRITING = ("send", "combine_send", "ll_dispatch+send", "ll_combine+send")  # what peers read once they see its flag
+# What peers read once they see its flag.
+WRITING = ("send", "combine_send", "ll_dispatch+send", "ll_combine+send", "ll_combine_coded+send")
 
 
 def name_of(variant) -> str:
-    """ "receive", or of a kernel in parts "ll_dispatch+send+receive"."""
+    """ "receive", or of a kernel in parts "ll_dispatch+send+receive", "ll_combine_coded+send"."""
     function, config = variant
     parts = [part for part in ("send", "receive") if getattr(config, f"{part}s", False)]
-    return "+".join((function.name.rpartition(".")[2].removesuffix("_kernel"), *parts))
+    name = function.name.rpartition(".")[2].removesuffix("_kernel") + "_coded" * getattr(config, "coded", False)
+    return "+".join((name, *parts))
 
 
 def does(name: str, what: tuple[str, ...]) -> bool:
@@ -77,10 +79,13 @@ def test_what_crosses_gpus_is_of_system_scope(kernel):
     if name == "layout":
         return
     assert "ld.relaxed.sys" in bundle.ptx
+    if name == "ll_mask":  # it writes flags that no data comes with, and waits for no peer
+        assert "st.relaxed.sys" in bundle.ptx
+        return
     assert "ld.acquire.sys" in bundle.ptx
     assert "ld.acquire.gpu" not in bundle.ptx
     assert ("st.release.sys.global.b32" in bundle.ptx) == does(name, WRITING), "a flag that says: my data is there"
-    if name not in ("wait", "combine_send", "ll_combine+send"):
+    if name not in ("wait", "combine_send", "ll_combine+send", "ll_combine_coded+send"):
         assert "st.relaxed.sys" in bundle.ptx, "counts, acknowledgements"
 
 

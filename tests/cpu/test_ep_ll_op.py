@@ -72,7 +72,7 @@ class Still(GlooLowLatencyBuffer):
             if each is not None:
                 each.zero_()
 
-    def _combine_receive(self, epoch, topk_idx, topk_weights, out, *, wait_stats):
+    def _combine_receive(self, epoch, topk_idx, topk_weights, out, *, use_logfmt, wait_stats):
         out.zero_()
 
 
@@ -122,6 +122,12 @@ def test_ops_do_what_the_buffer_does(group, rows):
     check_received(inputs, 0, ll_outputs.LlDispatched(recv_x, scales if scales.numel() else None, count, handle))
     epoch = ops.ep_ll_combine_send(y, src_info, layout_range, count, send_slot, made.name, 4)
     assert same_bits(ops.ep_ll_combine_recv(epoch, topk_idx, weights, made.name), inputs.combined()[0])
+    small = y * 2.0**-14
+    epoch = ops.ep_ll_combine_send(small, src_info, layout_range, count, send_slot, made.name, 4, use_logfmt=True)
+    combined = ops.ep_ll_combine_recv(epoch, topk_idx, weights, made.name, use_logfmt=True)
+    inputs.ys = [small]
+    assert same_bits(combined, inputs.combined(use_logfmt=True)[0])
+    assert not same_bits(combined, inputs.combined()[0])
     made.destroy()
 
 

@@ -39,7 +39,7 @@ def wheels(monkeypatch, **installed: str) -> None:
 def test_the_version_is_the_wheels(monkeypatch):
     wheels(monkeypatch, cu12="3.8.0")
     assert nvshmem_library.version() == "3.8.0"
-    assert [parts.nvshmem for parts in kernels.remote_parts()] == ["3.8.0"] * 3
+    assert {config.nvshmem for _, config, _ in kernels.ll_variants(remote=True)} == {"3.8.0"}
     wheels(monkeypatch, cu12="3.10.1", cu13="3.10.1")
     assert nvshmem_library.version() == "3.10.1"
 
@@ -76,19 +76,26 @@ def test_the_outbox_comes_last_and_moves_nothing():
     assert has.outbox.offset >= has.data.offset + SLOTS * CONFIG.slot_bytes
     assert [region for region in has.regions if region.name != "outbox"] == list(without.regions)
     assert has.heap_bytes == without.heap_bytes + SLOTS * CONFIG.outbox_bytes
-    assert CONFIG.outbox_bytes == 8 * 128 * 8 * 14336, "a row for each choice of every rank's tokens"
+    assert CONFIG.outbox_bytes == 8 * 128 * 8 * (14336 + 224), "a row for each choice of every rank's tokens"
     one = LlConfig(ranks=8, hidden=128, max_tokens=1, num_experts=8192, max_topk=1)
     assert one.outbox_bytes >= 8 * one.counts_bytes + one.record_bytes, "counts may take more than rows"
 
 
-@pytest.fixture(scope="module", params=range(6), ids=lambda i: f"variant{i}")
-def kernel(request):
-    """(name, what it does, bundle) of each kernel with NVSHMEM's code."""
+def compiled(elastic: bool, number: int):
+    """(name, what it does, bundle) of a kernel with NVSHMEM's code."""
     pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl")
-    found = [each for each in kernels.variants() if isinstance(each[1], sizes.RemoteParts)]
-    assert len(found) == 6
-    function, config = found[request.param]
+    function, config, _ = list(kernels.ll_variants(elastic, remote=True))[number]
     return function.name.rpartition(".")[2], config, function.bundle(config)
+
+
+@pytest.fixture(scope="module", params=range(9), ids=lambda i: f"variant{i}")
+def kernel(request):
+    return compiled(False, request.param)
+
+
+@pytest.fixture(scope="module", params=range(10), ids=lambda i: f"variant{i}")
+def elastic_kernel(request):
+    return compiled(True, request.param)
 
 
 def entry(ptx: str) -> str:
@@ -101,7 +108,8 @@ def test_calls_of_nvshmem(kernel):
     name, config, bundle = kernel
     body = entry(bundle.ptx)
     called = re.findall(r"call\.uni[^;]*?(nvshmemi_\w+?)I", body)
-    assert called.count(PUT) == config.sends * (2 if "dispatch" in name else 1), "records and counts, or rows"
+    puts = 2 if "dispatch" in name or config.coded else 1
+    assert called.count(PUT) == config.sends * puts, "records and counts, or rows, with LogFMT and their limits"
     assert called.count(SIGNAL) == config.sends + config.receives, "ready, ack"
     assert called.count(FENCE) == config.sends, "before ready"
     if config.sends:
@@ -111,11 +119,23 @@ def test_calls_of_nvshmem(kernel):
 
 
 @needs_nvshmem
-def test_fits_an_sm(kernel):
-    _, _, bundle = kernel
+def test_kernels_that_leave_ranks_out(elastic_kernel):
+    """A rank that is left out is told by a signal; one that comes back reads how far the others are."""
+    name, config, bundle = elastic_kernel
+    body = entry(bundle.ptx)
     assert bundle.registers * bundle.threads <= REGISTERS_PER_SM
-    function = getattr(kernels, kernel[0])
-    assert bundle.smem_bytes == function.bundle(sizes.Parts(kernel[1].sends, kernel[1].receives)).smem_bytes
+    assert bundle.entry.endswith("_elastic_nvshmem_0")
+    assert len(re.findall(SIGNAL + "I", body)) >= 2
+    assert (name == "ll_mask_kernel") == ("nvshmemi_transfer_rma_g" in body or "nvshmem_int_g" in body)
+    assert (PUT in body) == config.sends
+
+
+@needs_nvshmem
+def test_fits_an_sm(kernel):
+    name, config, bundle = kernel
+    assert bundle.registers * bundle.threads <= REGISTERS_PER_SM
+    mapped = sizes.Parts(config.sends, config.receives, coded=config.coded)
+    assert bundle.smem_bytes == getattr(kernels, name).bundle(mapped).smem_bytes
     assert bundle.params == (*bundle.params[:6], "i64", "i64", "i64", *bundle.params[9:])
 
 
@@ -181,7 +201,7 @@ def test_nvshmem_kernels_are_found_before_the_memory_and_admitted_behind_it(grou
     wheels(monkeypatch, cu13="3.8.0")
     buffer = opened(group, transport="nvshmem", provider="vmm")
     kinds = [event if isinstance(event, str) else event[0] for event in fakes.events]
-    assert kinds == [*["bundle"] * 6, "nvshmem", *["load"] * 6, *["admit"] * 6]
+    assert kinds == [*["bundle"] * 9, "nvshmem", *["load"] * 9, *["admit"] * 9]
     assert fakes.one_node
     buffer.dispatch_send(torch.zeros(1, 256, dtype=torch.bfloat16), torch.zeros(1, 2, dtype=torch.int64))
     name, values = fakes.events[-1]
@@ -201,7 +221,7 @@ def test_one_node_takes_pointers(group, monkeypatch, transport):
     wheels(monkeypatch)
     buffer = opened(group, transport=transport)
     assert (buffer.transport, fakes.one_node) == ("p2p", True)
-    assert fakes.events == [*["load"] * 6, "vmm"]
+    assert fakes.events == [*["load"] * 9, "vmm"]
     assert len(buffer._group_args) == 6
     buffer.destroy()
 

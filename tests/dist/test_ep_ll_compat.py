@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cutehop.compat.deep_ep import Buffer
 from cutehop.ref import ep
-from tests.ep_ll_cases import LlCase, LlInputs, same_bits
+from tests.ep_ll_cases import LlCase, LlInputs, everyone, same_bits
 from tests.ranks import RankPool
 
 pytestmark = pytest.mark.dist
@@ -237,21 +237,50 @@ def masks(group: Any, rank: int, device: str) -> None:
     with pytest.raises(RuntimeError, match="there are no masks before the first call"):
         buffer.low_latency_query_mask_buffer(status)
     round_trip(whole)
+    everyone(group)
     if rank < 2:
         buffer.low_latency_update_mask_buffer(1 - rank, True)
+    everyone(group)
     buffer.low_latency_query_mask_buffer(status)
     assert status.tolist() == [int(rank < 2 and peer == 1 - rank) for peer in range(ranks)]
     round_trip(split)
+    everyone(group)
     if rank == 0:
         buffer.low_latency_update_mask_buffer(1)
     else:
         buffer.low_latency_clean_mask_buffer()
+    everyone(group)
     round_trip(whole)
     buffer.destroy()
 
 
-def test_masks(cpu_ranks):
-    cpu_ranks(2).run(masks, "cpu")
+def test_masks(world):
+    device, pool = world
+    pool.run(masks, device)
+
+
+def logfmt(group: Any, rank: int, device: str) -> None:
+    """Both forms of the call, rows that are encoded and some that are not."""
+    inputs, buffer = LlInputs(LlCase(ranks=group.size(), hidden=1536, rows="bf16")), make(group, device)
+    for y in inputs.ys:
+        y[:, ::2] *= 2.0**-14
+    x, topk_idx, weights, y = inputs.on(rank, torch.device(device))
+    for hook_wanted in (False, True):
+        _, _, handle, _, _ = buffer.low_latency_dispatch(x, topk_idx, 16, inputs.case.experts, use_fp8=False)
+        combined, _, hook = buffer.low_latency_combine(
+            y, topk_idx, weights, handle, use_logfmt=True, return_recv_hook=hook_wanted
+        )
+        if hook:
+            hook()
+        assert same_bits(combined, inputs.combined(use_logfmt=True)[rank])
+    with pytest.raises(RuntimeError, match="zero_copy with use_logfmt"):
+        buffer.low_latency_combine(y, topk_idx, weights, handle, use_logfmt=True, zero_copy=True)
+    buffer.destroy()
+
+
+def test_logfmt(world):
+    device, pool = world
+    pool.run(logfmt, device)
 
 
 def differing_first_calls(group: Any, rank: int) -> None:

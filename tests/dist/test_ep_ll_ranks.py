@@ -1,4 +1,4 @@
-"""Low-latency buffers among ranks against the reference: values, operations in flight, statistics, masks, deadlines.
+"""Low-latency buffers among ranks against the reference: values, operations in flight, statistics, the end of a buffer.
 
 The same functions run over gloo on CPU ranks and, marked gpu, over ranks on GPUs.
 """
@@ -12,8 +12,6 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from cutehop.comm.errors import EpTimeoutError
-from cutehop.comm.meeting import Meeting
 from tests import ep_cases
 from tests.ep_ll_cases import (
     CASES,
@@ -22,6 +20,7 @@ from tests.ep_ll_cases import (
     LlInputs,
     check_case,
     check_received,
+    everyone,
     make_buffer,
     receive,
     receive_home,
@@ -34,7 +33,6 @@ from tests.ranks import RankPool
 
 pytestmark = pytest.mark.dist
 LATE_S = 0.15
-TIMEOUT_S = 1.0
 
 
 class World(NamedTuple):
@@ -51,11 +49,6 @@ def world(request: pytest.FixtureRequest) -> World:
     device, ranks = request.param
     pools = request.getfixturevalue("gpu_ranks" if device == "cuda" else "cpu_ranks")
     return World(device, ranks, pools(ranks))
-
-
-def everyone(group) -> None:
-    """Returns when all ranks have called."""
-    Meeting(group, 60).meet("test")
 
 
 def run_cases(group, rank, device, cases):
@@ -222,51 +215,6 @@ def test_in_turns_with_calls_of_the_normal_mode(world):
     world.pool.run(in_turns_with_the_normal_mode, world.device, LlCase(ranks=world.ranks))
 
 
-def mask_of(buffer):
-    status = torch.full((buffer.ranks,), 5, dtype=torch.int32, device=buffer.device)
-    buffer.query_mask(status)
-    return status.tolist()
-
-
-def mask_and_come_back(group, rank, device, case):
-    """Ranks 0 and 1 mask each other, the rest go on with both; then all are back."""
-    buffer = make_buffer(group, case.config(elastic=True), device)
-    whole, apart = LlInputs(case), LlInputs(replace(case, masked=((0, 1), (1, 0)), seed=4))
-    for _ in range(2):
-        check_case(buffer, whole)
-        assert mask_of(buffer) == [0] * case.ranks
-        if rank < 2:
-            buffer.update_mask(1 - rank, True)
-            assert mask_of(buffer) == [int(peer == 1 - rank) for peer in range(case.ranks)]
-        check_case(buffer, apart, dispatches=3)
-        buffer.clean_mask()
-        check_case(buffer, whole)
-        if rank < 2:
-            buffer.update_mask(1 - rank, True)
-            buffer.update_mask(1 - rank, False)
-    for wrong in (rank, -1, case.ranks):
-        with pytest.raises(ValueError, match=f"update_mask: rank {wrong} on rank {rank}"):
-            buffer.update_mask(wrong, True)
-    with pytest.raises(TypeError, match=r"out is torch\.int64"):
-        buffer.query_mask(torch.zeros(case.ranks, dtype=torch.int64, device=device))
-    buffer.destroy()
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_masks(cpu_ranks, ranks):
-    cpu_ranks(ranks).run(mask_and_come_back, "cpu", LlCase(ranks=ranks))
-
-
-def refuse_masks(group, rank):
-    with pytest.raises(NotImplementedError, match="elastic is not supported on CUDA"):
-        make_buffer(group, LlCase().config(elastic=True), "cuda")
-
-
-@pytest.mark.gpu
-def test_a_gpu_buffer_refuses_masks(gpu_ranks):
-    gpu_ranks(2).run(refuse_masks)
-
-
 def no_masks(group, rank, device, case):
     buffer = make_buffer(group, case.config(), device)
     status = torch.zeros(case.ranks, dtype=torch.int32, device=device)
@@ -290,65 +238,37 @@ def test_a_gpu_buffer_without_masks_and_after_its_end(gpu_ranks):
     gpu_ranks(2).run(no_masks, "cuda", LlCase())
 
 
-def late_rank_is_masked(group, rank, device, case):
-    """Rank 1 misses the deadline of a dispatch, but makes its calls; later it is taken back."""
-    inputs, buffer = LlInputs(case), make_buffer(group, case.config(elastic=True), device, timeout_s=TIMEOUT_S)
-    check_case(buffer, inputs)
-    everyone(group)
-    others = [peer for peer in range(case.ranks) if peer != 1]
-    alone = tuple((a, b) for peer in others for a, b in ((peer, 1), (1, peer)))
-    split = LlInputs(replace(case, masked=alone, seed=1))
-    if rank == 1:
-        time.sleep(1.5 * TIMEOUT_S)
-        receive(buffer, inputs, send(buffer, inputs))  # the others had sent before they gave up
-        for peer in others:
-            buffer.update_mask(peer, True)
-    else:
-        got = buffer.dispatch_receive(send(buffer, inputs), **receive_options(case))
-        check_received(LlInputs(replace(case, masked=alone)), rank, got)
-        assert mask_of(buffer) == [int(peer == 1) for peer in range(case.ranks)]
-    check_case(buffer, split)
-    everyone(group)
-    buffer.clean_mask()
-    everyone(group)
-    check_case(buffer, inputs)
+def scaled(inputs: LlInputs, seed: int) -> LlInputs:
+    """With rows of combine that LogFMT encodes, wholly or in some chunks, and others."""
+    rng = torch.Generator().manual_seed(seed)
+    for y in inputs.ys:
+        experts, rows, hidden = y.shape
+        y[:, ::2] = (torch.randn((experts, (rows + 1) // 2, hidden), generator=rng) * 0.1).bfloat16()
+        y[:, 2::8, : hidden // 2] *= 2.0 ** torch.randint(-130, 0, (hidden // 2,), generator=rng)  # subnormals, zeros
+        y[:, 4::8, :128] = 0.25  # no scale
+        y[:, 6::8, 5::7] = torch.tensor([-0.0, 1.0])[rows % 2]
+    return inputs
+
+
+def combine_with_logfmt(group, rank, device, case):
+    """To the bit as the reference, sent and received in one launch and in two; near the plain result."""
+    buffer = make_buffer(group, case.config(), device)
+    for seed in range(3):
+        inputs = scaled(LlInputs(replace(case, seed=seed)), seed)
+        check_case(buffer, inputs, use_logfmt=True)
+        check_case(buffer, inputs)
+        inputs = LlInputs(replace(case, seed=seed))
+        for y in inputs.ys:
+            y.copy_(torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)) * 0.1)
+        check_case(buffer, inputs, use_logfmt=True)
+        coded, plain = inputs.combined(True)[rank], inputs.combined()[rank]
+        assert not same_bits(coded, plain)
+        a, b = coded.double() + 1, plain.double() + 1
+        assert 1 - 2 * (a * b).sum() / (a * a + b * b).sum() < 1e-5
     buffer.destroy()
 
 
-def test_a_late_rank_is_masked_and_comes_back(cpu_ranks):
-    cpu_ranks(3).run(late_rank_is_masked, "cpu", LlCase(ranks=3))
-
-
-def one_never_sends(group, rank, device, case):
-    inputs, buffer = LlInputs(case), make_buffer(group, case.config(), device, timeout_s=TIMEOUT_S)
-    got = receive(buffer, inputs, send(buffer, inputs))
-    everyone(group)
-    if rank != 1:
-        epoch = send_home(buffer, inputs, got.handle)
-        _, topk_idx, weights, _ = inputs.on(rank, buffer.device)
-
-        def receive_or_look() -> None:
-            buffer.combine_receive(epoch, topk_idx, weights)
-            time.sleep(2 * TIMEOUT_S)  # on a GPU the next look at the buffer raises
-            buffer.check()
-
-        with pytest.raises(EpTimeoutError) as caught:
-            receive_or_look()
-        assert (caught.value.rank, caught.value.peer) == (rank, 1)
-        assert caught.value.waited_s >= 0.9 * TIMEOUT_S
-        with pytest.raises(EpTimeoutError):
-            send(buffer, inputs)
-    everyone(group)
-    buffer.destroy()
-    new = make_buffer(group, case.config(), device)
-    check_case(new, inputs)
-    new.destroy()
-
-
-def test_a_rank_that_never_sends(cpu_ranks):
-    cpu_ranks(3).run(one_never_sends, "cpu", LlCase(ranks=3))
-
-
-@pytest.mark.gpu
-def test_a_rank_that_never_sends_on_gpus(gpu_ranks):
-    gpu_ranks(8).run(one_never_sends, "cuda", LlCase(ranks=8))
+@pytest.mark.parametrize("hidden", [128, 384, 768, 1024, 1536, 7168])
+def test_combine_with_logfmt(world, hidden):
+    case = LlCase(ranks=world.ranks, hidden=hidden, rows="bf16", tokens=(8, 3, 13, 5), spare_topk=1)
+    world.pool.run(combine_with_logfmt, world.device, case)
