@@ -29,6 +29,13 @@ def same(actual: Tensor, expected: Tensor) -> bool:
     return torch.equal(actual, expected)
 
 
+def same_weights(actual: Tensor, expected: Tensor) -> bool:
+    """`same`, but subnormal weights may be one apart: times 2.5 they are ties, which the order of a sum can break."""
+    actual = actual.cpu()
+    near = (expected.abs() < torch.finfo(torch.float32).tiny) & ((actual - expected).abs() <= 2.0**-149)
+    return same(torch.where(near, expected, actual), expected)
+
+
 def strew(logits: Tensor, values: list[float], share: float, seed: int) -> Tensor:
     """Some of the logits replaced by these values."""
     at = torch.rand(logits.shape, generator=generator(seed)) < share
@@ -73,7 +80,7 @@ def test_route(case, scoring, values):
                 expected = ref.route(given, bias, *args)
                 idx, weights = OPS.moe_route(given.cuda(), None if bias is None else bias.cuda(), *args)
                 assert same(idx, expected[0])
-                assert same(weights, expected[1])
+                assert same_weights(weights, expected[1])
 
 
 def test_route_of_many_tokens():
