@@ -17,7 +17,7 @@ from ..ll_config import GROUP
 from .config import RINGS, SEND_RING_BYTES
 from .ll_logfmt import CODED_BYTES, applies, decode, encode, ld_pair, ld_u16, limits_of, st_shared_u16
 from .ll_remote import put
-from .ll_verbs import SEND_LIVE, is_live, outbox_of, slot_of
+from .ll_verbs import has_home, outbox_of, slot_of
 from .verbs import Group
 
 PLACE_BYTES = 2 * LOGFMT_CHUNK
@@ -46,8 +46,7 @@ class CodedSender:
                 expert += 1
             row = Int64(expert) * rows + (number - begin)
             place = ld_i32(a.send_slot + row * 4)
-            home = place // choices
-            if is_live(g, sm.flag.data_ptr(), SEND_LIVE, home):
+            if has_home(g, sm.flag.data_ptr(), place, choices):
                 cute.arch.cp_async_bulk_wait_group(1, read=True)  # what was stored from this half before
                 cute.arch.sync_warp()
                 shared = sm.ring.data_ptr() + (warp * SEND_RING_BYTES + half * PLACE_BYTES)

@@ -22,7 +22,7 @@ from .ll_verbs import (
     SEND_LIVE,
     base_of,
     finish,
-    is_live,
+    has_home,
     next_epoch,
     note_live,
     outbox_of,
@@ -78,7 +78,7 @@ class CombineSender(CodedSender):
         cute.arch.mbarrier_init_fence()
         reached = Boolean(True)
         if warp == 0:
-            self.add_counts(a, sm, lane)
+            self.add_counts(g, a, sm, lane)
         elif warp == 1:
             if lane < g.ranks:
                 reached = wait_ack(g, epoch, lane)
@@ -99,14 +99,15 @@ class CombineSender(CodedSender):
         return epoch
 
     @cute.jit
-    def add_counts(self, a: LlCombineSendArgs, sm, lane: Int32):
-        """By one warp: inclusive sums of recv_count."""
+    def add_counts(self, g: Group, a: LlCombineSendArgs, sm, lane: Int32):
+        """By one warp: inclusive sums of recv_count, which is the caller's and may be anything."""
         ends = sm.ends.get_tensor(cute.make_layout(MAX_LOCAL_EXPERTS))
-        before = Int32(0)
+        before, rows = Int32(0), g.ranks * a.max_tokens
         for first in cutlass.range(0, a.experts_per_rank, 32, unroll=1):
             count = Int32(0)
             if first + lane < a.experts_per_rank:
                 count = ld_i32(a.recv_count + Int64(first + lane) * 4)
+                count = max(min(count, rows), 0)
             for i in cutlass.range_constexpr(5):
                 left = cute.arch.shuffle_sync_up(count, 1 << i, mask_and_clamp=0)
                 if lane >= (1 << i):
@@ -132,14 +133,11 @@ class CombineSender(CodedSender):
                 expert += 1
             row = Int64(expert) * rows + (i - begin)
             place = ld_i32(a.send_slot + row * 4)
-            home = place // choices
-            mapped = Boolean(True)
-            if const_expr(g.remote):
-                mapped = sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[home] != 0
-            if mapped & is_live(g, sm.flag.data_ptr(), SEND_LIVE, home):
-                target = (
-                    sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[home] + slot + Int64(place % choices) * a.row_bytes
-                )
+            base = Int64(0)
+            if has_home(g, sm.flag.data_ptr(), place, choices):
+                base = sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[place // choices]
+            if base != 0:
+                target = base + slot + Int64(place % choices) * a.row_bytes
                 held, into, oldest, phase = move_row(
                     ring, a.y + row * a.row_bytes, target, a.row_bytes, held, into, oldest, phase
                 )
@@ -165,7 +163,10 @@ class CombineSender(CodedSender):
             row = Int64(expert) * rows + (i - begin)
             place = ld_i32(a.send_slot + row * 4)
             home = place // choices
-            if (bases[home] == 0) & is_live(g, sm.flag.data_ptr(), SEND_LIVE, home):
+            beyond = Boolean(False)
+            if has_home(g, sm.flag.data_ptr(), place, choices):
+                beyond = bases[home] == 0
+            if beyond:
                 copy = outbox_of(g, epoch) + Int64(i) * a.row_bytes
                 copy_vectors(copy, a.y + row * a.row_bytes, Int64(a.row_bytes // 16), lane, 32)
                 target = a.data_offset + Int64(slot_of(epoch)) * a.slot_bytes + Int64(place % choices) * a.row_bytes

@@ -90,6 +90,13 @@ def is_live(g: Group, shared: cute.Pointer, which: cutlass.Constexpr, peer):
 
 
 @cute.jit
+def has_home(g: Group, shared: cute.Pointer, place: Int32, choices: Int32):
+    """Whether a row's place, which comes from the caller's handle, is one of a rank that takes part in this combine."""
+    within = (place >= 0) & (place < g.ranks * choices)
+    return within & is_live(g, shared, SEND_LIVE, place // choices)
+
+
+@cute.jit
 def finish(g: Group, region: cutlass.Constexpr, kernel: str, epoch, counts_epoch: bool, go, base, shared: cute.Pointer):
     """End of a kernel, by all its threads: the last CTA sets my flag at every peer.
 

@@ -53,6 +53,14 @@ class Routing:
     scale: float = 1.0
 
 
+def _float_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T in float32. Products of two bfloat16 are exact in it, so tensor cores may make them; torch has that
+    on a GPU and without a gradient."""
+    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return functional.linear(x.float(), weight.float())
+
+
 class MoeRouter(nn.Module):
     """Chooses experts: scores are products of float32, whatever the weights' dtype, as in DeepSeek-V3.
 
@@ -70,7 +78,7 @@ class MoeRouter(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """topk_idx int64 (n, k) and topk_weights float32 (n, k) of x (n, H)."""
-        logits = functional.linear(x.float(), self.weight.float())
+        logits = _float_linear(x, self.weight)
         bias = None if self.e_score_correction_bias is None else self.e_score_correction_bias.float()
         r = self.routing
         return _ops.moe_route(
@@ -135,9 +143,9 @@ class ExpertParallelMoE(nn.Module):
             f"of {experts.num_experts} with {experts.hidden}; pass num_experts to MoeExperts, and weights of one model",
         )
         rank, self.ranks = 0, 1
-        for each in (buffer, low_latency_buffer):
+        for each, may_be_wider in ((buffer, True), (low_latency_buffer, False)):
             if each is not None:
-                self._check_buffer(each)
+                self._check_buffer(each, may_be_wider)
                 rank, self.ranks = each.rank, each.ranks
         check(
             (experts.num_local * self.ranks, experts.first) == (num_experts, rank * experts.num_local),
@@ -291,10 +299,11 @@ class ExpertParallelMoE(nn.Module):
         """Mean rows of an expert if all ranks have as many tokens as this one."""
         return max(1, topk_idx.numel() * self.ranks // self.experts.num_experts)
 
-    def _check_buffer(self, buffer: ExpertBuffer) -> None:
+    def _check_buffer(self, buffer: ExpertBuffer, may_be_wider: bool) -> None:
         config, (num_experts, hidden), topk = buffer.config, self.gate.weight.shape, self.gate.routing.topk
+        fits = config.hidden == hidden or (may_be_wider and config.hidden > hidden)
         check(
-            config.num_experts == num_experts and config.max_topk >= topk and config.hidden >= hidden,
+            config.num_experts == num_experts and config.max_topk >= topk and fits,
             f"ExpertParallelMoE: buffer {buffer.name!r} is for {config.num_experts} experts, {config.max_topk} choices "
             f"and {config.hidden} columns, the layer has {num_experts}, {topk} and {hidden}; make the buffer for it",
         )

@@ -136,6 +136,9 @@ def test_refusals():
     small = SimpleNamespace(num_experts=16, max_topk=3, hidden=256, recv_rows=80)
     with pytest.raises(ValueError, match="'fake' is for 16 experts, 3 choices and 256 columns, the layer has 16, 4"):
         SIZES.layer(buffer=fake_buffer(config=small))
+    wide = SimpleNamespace(num_experts=16, max_topk=4, hidden=512, recv_rows=80)
+    with pytest.raises(ValueError, match="4 choices and 512 columns, the layer has 16, 4 and 256"):
+        SIZES.layer(buffer=fake_buffer(config=wide), low_latency_buffer=fake_buffer(config=wide))
     with pytest.raises(ValueError, match="several ranks with a low-latency buffer only"):
         SIZES.layer(low_latency_buffer=fake_buffer())(SIZES.tokens(0, 3))
     with pytest.raises(ValueError, match="low_latency=True without a low-latency buffer"):

@@ -272,3 +272,32 @@ def combine_with_logfmt(group, rank, device, case):
 def test_combine_with_logfmt(world, hidden):
     case = LlCase(ranks=world.ranks, hidden=hidden, rows="bf16", tokens=(8, 3, 13, 5), spare_topk=1)
     world.pool.run(combine_with_logfmt, world.device, case)
+
+
+def combine_with_wild_handles(group, rank, device, case):
+    """Counts and places that no dispatch made: rows go nowhere or to a wrong place, and the next call is right."""
+    inputs, buffer = LlInputs(case), make_buffer(group, case.config(), device)
+    rng = torch.Generator().manual_seed(rank)
+    ends = torch.iinfo(torch.int32)
+    for seed in range(6):
+        handle = receive(buffer, inputs, send(buffer, inputs)).handle
+        extremes = torch.tensor([ends.min, -1, 0, buffer.config.max_tokens * case.ranks, ends.max], dtype=torch.int32)
+        wild = [
+            torch.where(
+                torch.rand(part.shape, generator=rng) < 0.5,
+                torch.randint(ends.min, ends.max, part.shape, generator=rng, dtype=torch.int32),
+                extremes[torch.randint(len(extremes), part.shape, generator=rng)],
+            ).to(buffer.device)
+            for part in (handle.recv_count, handle.send_slot)
+        ]
+        epoch = send_home(buffer, inputs, handle._replace(recv_count=wild[0], send_slot=wild[1]), seed % 2 == 1)
+        _, topk_idx, topk_weights, _ = inputs.on(rank, buffer.device)
+        buffer.combine_receive(epoch, topk_idx, topk_weights, use_logfmt=seed % 2 == 1)
+        check_case(buffer, inputs)
+    buffer.destroy()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_combine_with_wild_handles(gpu_ranks, ranks):
+    gpu_ranks(ranks).run(combine_with_wild_handles, "cuda", LlCase(ranks=ranks, rows="bf16"))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cutehop.comm.base import Buffer, Dispatched, EpHandle
+from tools.bench.ep_known import COPY
 from tools.bench.ep_setting import Expected, Inputs, Moved, Setting, combine_moves, dispatch_moves
 
 Tensors = tuple[Tensor | None, ...]
@@ -76,7 +77,7 @@ class Work:
 
     def jobs(self) -> list[Job]:
         """All rows of the buffer, in the order of the table."""
-        rows = [self._layout()]
+        rows = [self._layout(), *self._copies()]
         for sms in self.setting.sms:
             rows += [*self._cached(sms), *self._full(sms), *self._combine(sms)]
         combine = next(job for job in rows if job.name == "combine-foreign")
@@ -100,6 +101,16 @@ class Work:
             return torch.ops.cutehop.ep_layout(i.topk_idx, setting.experts, setting.ranks)
 
         return Job("layout", None, "graph", call, want, calls=20)
+
+    def _copies(self) -> list[Job]:
+        """One local copy, on all ranks at once, of what a call with rows from elsewhere copies."""
+        i, e = self.inputs, self.expected
+        rows = {"dispatch-bf16": i.x, "dispatch-fp8": i.q, "combine": e.x}
+        return [self._copy(name, source) for name, source in rows.items()]
+
+    def _copy(self, name: str, source: Tensor) -> Job:
+        target, moved = torch.empty_like(source), Moved(source.nbytes, 2 * source.nbytes, source.nbytes, 0)
+        return Job(f"{COPY}{name}", None, "graph", lambda: (target.copy_(source),), {"rows": source}, moved=moved)
 
     def _fill_input(self, rows: Tensor) -> Callable[[], None]:
         def fill() -> None:

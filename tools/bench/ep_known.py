@@ -34,6 +34,7 @@ LL_LIMITS: dict[tuple[int, int], dict[str, float]] = {  # whatever the SMs
     _ONE_GPU: {"ll-pair-t1": 30},
     _TWO_GPUS: {"ll-pair-t1": 18, "ll-pair-t8": 22, "ll-pair-t32": 30, "ll-pair-t128": 50},
 }
+COPY = "copy-"  # rows with the local copy of the tensor that such a call of the name behind it copies
 FOREIGN = "-foreign"  # rows with tensors from elsewhere, which DeepEP always takes
 
 LIMITS: dict[tuple[int, int], dict[int, dict[str, float]]] = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from tools.bench.ep_ceilings import EpCeilings
 from tools.bench.ep_jobs import Job
-from tools.bench.ep_known import DEEPEP_SOURCE, FOREIGN, SM_WRITE_GBS, creation_limit_s, deepep, limit_us
+from tools.bench.ep_known import COPY, DEEPEP_SOURCE, FOREIGN, SM_WRITE_GBS, creation_limit_s, deepep, limit_us
 from tools.bench.ep_setting import Moved, Setting
 
 SCHEMA = 1
@@ -100,12 +100,11 @@ def _floors(moved: Sequence[Moved], sms: int | None, setting: Setting, ceilings:
 
 
 def _foreign_limit_us(row: Report, before: Sequence[Report]) -> float | None:
-    """The same call's time with inputs in symmetric memory, and that of one local copy. None without that row."""
+    """The same call's time with inputs in symmetric memory, and that of one local copy. None without their rows."""
     name = row["name"].removesuffix(FOREIGN)
-    for other in before:
-        if (other["name"], other["sms"], other["failed"]) == (name, row["sms"], None):
-            return other["median_us"] + row["memory_floor_us"] - other["memory_floor_us"]
-    return None
+    us = {(other["name"], other["sms"]): other["median_us"] for other in before if other["failed"] is None}
+    in_place, copy = us.get((name, row["sms"])), us.get((COPY + name, None))
+    return None if in_place is None or copy is None else in_place + copy
 
 
 def write(report: Report, path: Path) -> None:
