@@ -12,6 +12,13 @@ def route_kernel(config: RouteConfig) -> Program:
 
 
 @compiled
+def count_kernel(config: OneVariant) -> Program:
+    from .count import program
+
+    return program(config)
+
+
+@compiled
 def sort_kernel(config: OneVariant) -> Program:
     from .sort import program
 
@@ -49,5 +56,12 @@ def quant_kernel(config: OneVariant) -> Program:
 def variants():
     """Every kernel of this family, as (compiled function, config)."""
     yield from ((route_kernel, RouteConfig(values, scoring)) for scoring in SCORINGS for values in ROUTE_VALUES)
-    for kernel in (sort_kernel, permute_kernel, unpermute_kernel, unpermute_backward_kernel, quant_kernel):
+    for kernel in (
+        count_kernel,
+        sort_kernel,
+        permute_kernel,
+        unpermute_kernel,
+        unpermute_backward_kernel,
+        quant_kernel,
+    ):
         yield kernel, OneVariant()

@@ -12,9 +12,10 @@ ROUTE_THREADS = 64  # a warp per token
 ROUTE_VALUES = (2, 4, 8, 16)  # experts that a lane holds
 SCORINGS = ("sigmoid", "softmax")
 
-SORT_CLUSTER = 8  # CTAs
 SORT_THREADS = 1024
 SORT_WARPS = SORT_THREADS // WARP
+SORT_PAIRS = 4096  # for which a CTA more pays
+MAX_SORT_CTAS = 32
 MAX_EXPERTS = 1024
 
 MOVERS = 4  # warps of a permute CTA that copy rows through shared memory
@@ -45,6 +46,11 @@ class OneVariant:
 def route_config(experts: int, scoring: str) -> RouteConfig:
     """The smallest variant that holds all experts, 1..512."""
     return RouteConfig(next(v for v in ROUTE_VALUES if v * WARP >= experts), scoring)
+
+
+def sort_ctas(pairs: int) -> int:
+    """CTAs of a sort. More than one need what each counts from a kernel before."""
+    return min(max(-(-pairs // SORT_PAIRS), 1), MAX_SORT_CTAS)
 
 
 def sort_smem_bytes(experts: int) -> int:

@@ -2,11 +2,14 @@
 
     pair_row[p] = start[expert of p] + pairs before p of the same expert        ends[e] = start[e] + pairs of e
 
-One cluster of 8 CTAs of 1024 threads. Each of its 256 warps owns a run of consecutive pairs, in their order:
+Grid of up to 32 CTAs (config.sort_ctas) of 1024 threads. Each of a CTA's 32 warps owns a run of consecutive pairs:
 
     count   a warp counts its pairs per expert, 32 at a time: lanes of one expert find each other and the first adds
     sum     a thread per expert adds up its CTA's warps, then the CTAs before its own, then the experts before its own
     place   a warp walks its pairs once more; a lane's row is the counter of its expert, plus the equal lanes before it
+
+What the other CTAs count comes from a kernel before (count.py), which a single CTA does not need. They could tell each
+other in a cluster, but one of eight did not start on a GPU that other ranks share: README.md, "No clusters".
 
 Shared memory: 4 bytes for each warp and expert (35 KB for 256 experts, 139 KB for 1024) as the launch asks for it.
 Nothing is zeroed or added in global memory. Bound by latency: two reads of the ids and about 60 cycles per 32 pairs.
@@ -21,10 +24,9 @@ from cutlass import Int32, Int64
 from cutlass.memory import SmemAllocator
 
 from ..jit import Program
-from ..sm90 import ptx
-from ..sm90.address import ld_id, st_i32
+from ..sm90.address import ld_i32, ld_id, st_i32
 from ..sm90.args import fake_args, param_kinds
-from .config import MAX_EXPERTS, SORT_CLUSTER, SORT_THREADS, SORT_WARPS, WARP, sort_smem_bytes
+from .config import MAX_EXPERTS, MAX_SORT_CTAS, SORT_THREADS, SORT_WARPS, WARP, sort_smem_bytes
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,17 @@ class SortArgs:
     pairs: Int32
     experts: Int32
     num_rows: Int32
+    counts: Int64  # int32 (CTAs, experts) of count.py, not read by a grid of one
     ends: Int64  # out, int32 (experts,)
     pair_row: Int64  # out, int32 (pairs,)
+
+
+@cute.jit
+def run_of(pairs: Int32):
+    """Pairs that each warp of the grid owns, a multiple of 32."""
+    ctas, _, _ = cute.arch.grid_dim()
+    step = ctas * (SORT_WARPS * WARP)
+    return (pairs + step - 1) // step * WARP
 
 
 class Sort:
@@ -51,9 +62,8 @@ class Sort:
     @cute.jit
     def __call__(self, args: SortArgs, stream: cuda.CUstream):
         self.kernel(args).launch(
-            grid=(SORT_CLUSTER, 1, 1),
+            grid=(MAX_SORT_CTAS, 1, 1),
             block=(SORT_THREADS, 1, 1),
-            cluster=(SORT_CLUSTER, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
             use_pdl=True,
@@ -74,20 +84,16 @@ class Sort:
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.sync_threads()
-        warps = SORT_CLUSTER * SORT_WARPS
-        run = (a.pairs + warps * WARP - 1) // (warps * WARP) * WARP  # pairs of a warp
+        run = run_of(a.pairs)
         first = (cta * SORT_WARPS + warp) * run
         mine = counters + warp * a.experts
         self.walk(False, a, mine, bases, first, run, lane)
         cute.arch.sync_threads()
         self.sum_warps(a, counters, totals, tid)
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
+        cute.arch.sync_threads()
         self.find_bases(a, totals, bases, warp_sums, cta, tid)
         cute.arch.sync_threads()
         self.walk(True, a, mine, bases, first, run, lane)
-        cute.arch.cluster_arrive()  # no CTA may end while others read its totals
-        cute.arch.cluster_wait()
 
     @cute.jit
     def walk(
@@ -138,13 +144,16 @@ class Sort:
     ):
         """A thread per expert: where the expert's rows begin, and those of this CTA among them."""
         lane, warp = tid % WARP, tid // WARP
+        ctas, _, _ = cute.arch.grid_dim()
         total, earlier = Int32(0), Int32(0)
         if tid < a.experts:
-            for other in cutlass.range_constexpr(SORT_CLUSTER):
-                count = ptx.ld_shared_cluster(totals + tid, Int32(other))
-                total += count
-                if other < cta:
-                    earlier += count
+            if ctas == 1:
+                total = cute.arch.load(totals + tid, Int32)
+            else:
+                for other in cutlass.range(ctas, unroll=8):
+                    count = ld_i32(a.counts + (Int64(other) * a.experts + tid) * 4)
+                    total += count
+                    earlier += count if other < cta else Int32(0)
         through = total  # of this expert and those before it, of a warp's experts, then of all
         for i in cutlass.range_constexpr(5):
             below = cute.arch.shuffle_sync_up(through, 1 << i, mask_and_clamp=0)
@@ -171,6 +180,5 @@ def program(config) -> Program:
         threads=SORT_THREADS,
         smem_bytes=kernel.Smem.size_in_bytes(),
         params=param_kinds(SortArgs),
-        cluster=SORT_CLUSTER,
         pdl=True,
     )

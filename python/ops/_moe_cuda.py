@@ -114,14 +114,17 @@ def permute(
     _check_pairs("moe_permute", pairs)
     x, topk_idx = _dense(x), topk_idx.contiguous()
     stream = _stream(x)
+    ids = (topk_idx.data_ptr(), topk_idx.itemsize, pairs, num_experts)
+    ctas = cfg.sort_ctas(pairs)
+    counts = torch.empty((ctas, num_experts) if ctas > 1 else 0, dtype=torch.int32, device=x.device)
+    if ctas > 1:
+        moe.count_kernel(_ONE, stream).launch((ctas, 1, 1), stream, *ids, counts.data_ptr())
     moe.sort_kernel(_ONE, stream).launch(
-        (cfg.SORT_CLUSTER, 1, 1),
+        (ctas, 1, 1),
         stream,
-        topk_idx.data_ptr(),
-        topk_idx.itemsize,
-        pairs,
-        num_experts,
+        *ids,
         num_rows,
+        counts.data_ptr(),
         ends.data_ptr(),
         pair_row.data_ptr(),
         smem_bytes=cfg.sort_smem_bytes(num_experts),

@@ -56,6 +56,8 @@ def test_instructions(kernel):
     elif function is moe.sort_kernel:
         assert "match.any.sync" in ptx
         assert "atom" not in ptx
+    elif function is moe.count_kernel:
+        assert "atom.shared" in ptx or "red.shared" in ptx
     else:
         assert loads >= 1
         assert stores >= 1
@@ -78,6 +80,16 @@ def test_kernels_serve_what_the_checks_allow():
     assert cfg.MAX_EXPERTS == checks.MAX_EXPERTS <= cfg.SORT_THREADS
     assert cfg.sort_smem_bytes(cfg.MAX_EXPERTS) <= MAX_SMEM_BYTES
     assert checks.MAX_TOPK <= cfg.WARP
+
+
+def test_no_clusters(kernel):
+    """They may find no place beside the CTAs of other ranks that wait on the same GPU."""
+    assert kernel[2].cluster == 1
+
+
+@pytest.mark.parametrize(("pairs", "ctas"), [(0, 1), (1, 1), (4096, 1), (4097, 2), (32768, 8), (1 << 20, 32)])
+def test_sort_ctas(pairs, ctas):
+    assert cfg.sort_ctas(pairs) == ctas
 
 
 @pytest.mark.parametrize("row_bytes", [16, 32, 48, 512, 8176, 8192, 8208, 14336, 32768, 60016, 1 << 20])

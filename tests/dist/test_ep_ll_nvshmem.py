@@ -66,7 +66,7 @@ def both_transports(group, rank, case):
                 home = buffer.combine(y, got.handle, topk_idx, weights)
                 counts = got.recv_count.tolist()
                 rows = [got.recv_x[expert, :count] for expert, count in enumerate(counts)]
-                results.append([got.recv_count, got.handle.layout_range, home, *rows])
+                results.append([each.cpu() for each in (got.recv_count, got.handle.layout_range, home, *rows)])
             assert all(same_bits(one, other) for one, other in zip(*results, strict=True))
         for buffer in buffers:
             buffer.destroy()
@@ -113,7 +113,7 @@ def replayed(group, rank, case):
     with torch.cuda.graph(graph):
         got, home = pair()
     want, counts = inputs.combined()[rank], inputs.received[rank].recv_count.tolist()
-    rows = inputs.received[rank].recv_x.to(buffer.device)
+    rows = inputs.received[rank].recv_x
     for call in range(CALLS):
         factor = 2.0 ** (call % 5)  # exact in bf16
         given.copy_(x * factor)
