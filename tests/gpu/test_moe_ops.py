@@ -30,10 +30,10 @@ def same(actual: Tensor, expected: Tensor) -> bool:
 
 
 def same_weights(actual: Tensor, expected: Tensor) -> bool:
-    """`same`, but subnormal weights may be one apart: times 2.5 they are ties, which the order of a sum can break."""
+    """`same`, but a weight may be the float32 beside: the order of a float64 sum can break a tie."""
     actual = actual.cpu()
-    near = (expected.abs() < torch.finfo(torch.float32).tiny) & ((actual - expected).abs() <= 2.0**-149)
-    return same(torch.where(near, expected, actual), expected)
+    beside = [actual == expected.nextafter(torch.full_like(expected, sign * math.inf)) for sign in (-1, 1)]
+    return same(torch.where(beside[0] | beside[1], expected, actual), expected)
 
 
 def strew(logits: Tensor, values: list[float], share: float, seed: int) -> Tensor:
