@@ -1,7 +1,7 @@
 """Grouped GEMM for many rows per expert, sm_90a. Importing this needs neither the DSL nor a GPU."""
 
 from ..jit import Program, compiled
-from .config import DTYPES, EPILOGUES, GemmConfig
+from .config import EPILOGUES, TILES, GemmConfig
 
 
 @compiled
@@ -13,4 +13,7 @@ def gemm_kernel(config: GemmConfig) -> Program:
 
 def variants():
     """Every kernel of this family, as (compiled function, config)."""
-    yield from ((gemm_kernel, GemmConfig(dtype, epilogue)) for dtype in DTYPES for epilogue in EPILOGUES)
+    for dtype, tiles in TILES.items():
+        for tile in tiles:
+            configs = [GemmConfig(dtype, epilogue, *tile) for epilogue in EPILOGUES]
+            yield from ((gemm_kernel, config) for config in configs if config.possible)

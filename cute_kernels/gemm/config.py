@@ -6,25 +6,32 @@ from ..gemm_decode import config as decode
 
 DTYPES = ("bf16", "fp8")
 EPILOGUES = ("store", "swiglu", "swiglu_fp8")
-WG_ROWS = 64  # rows of one math warpgroup: one wgmma M
-TILE_M = 2 * WG_ROWS  # rows of a CTA's tile, one warpgroup each half
-TILE_N = 256  # weight rows of a CTA's tile; with SwiGLU 128 of gate and the same 128 of up
+WIDE, TALL = (128, 256), (256, 192)  # (tile_m, tile_n)
+TILES = {"bf16": (WIDE, TALL), "fp8": (WIDE,)}  # sums and product of FP8 would not fit a tall tile's registers
+UNIT = 64  # rows of one wgmma, of one TMA box of activations, and that a tile may have fewer than others
 GROUP = 128  # columns that share a scale, of activations and of weights
 BLOCK_BYTES = 128  # of K in one pipeline stage: the width of the swizzle; one scale block of FP8
 STAGES = 4
-STAGE_BYTES = (TILE_M + TILE_N) * BLOCK_BYTES
-RASTER_ROWS = 16  # row tiles that the walk of an expert's tiles keeps together, see tiles.Tile
+RASTER_ROWS = 2048  # that the walk of an expert's tiles keeps together, see tiles.Tile
 MAX_EXPERTS = 1024
+TALL_EXPERTS = 240  # whose tables fit beside the stages of the tall tile
+TALL_MEAN_ROWS = 384  # mean rows per expert from which on bf16 takes the tall tile; where the two cross is not measured
 FP8_MAX = 448.0
 FP8_MIN_AMAX = 1e-4  # as cutehop.ref.quant: an all-zero group has a scale that is not 0
 
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """One compiled kernel. dtype: "bf16" | "fp8"; epilogue: "store" | "swiglu" | "swiglu_fp8"."""
+    """One compiled kernel. dtype: "bf16" | "fp8"; epilogue: "store" | "swiglu" | "swiglu_fp8".
+
+    tile_m: rows of a CTA's tile, half of them each math warpgroup's. tile_n: its weight rows; with SwiGLU half are of
+    gate, half the same of up. Together one of TILES.
+    """
 
     dtype: str
     epilogue: str
+    tile_m: int = WIDE[0]
+    tile_n: int = WIDE[1]
 
     @property
     def element_bytes(self) -> int:
@@ -43,12 +50,31 @@ class GemmConfig:
     @property
     def tile_out(self) -> int:
         """Output columns of a tile."""
-        return TILE_N // 2 if self.paired else TILE_N
+        return self.tile_n // 2 if self.paired else self.tile_n
 
     @property
     def box_n(self) -> int:
         """Weight rows of one TMA box."""
         return self.tile_out
+
+    @property
+    def possible(self) -> bool:
+        """Whether a tile has the columns that share a scale of the output."""
+        return self.epilogue != "swiglu_fp8" or self.tile_out == GROUP
+
+    @property
+    def wg_rows(self) -> int:
+        """Rows of the tile that are one math warpgroup's."""
+        return self.tile_m // 2
+
+    @property
+    def raster_tiles(self) -> int:
+        """Row tiles that the walk keeps together."""
+        return RASTER_ROWS // self.tile_m
+
+    @property
+    def max_experts(self) -> int:
+        return MAX_EXPERTS if (self.tile_m, self.tile_n) == WIDE else TALL_EXPERTS
 
     def column_tiles(self, columns: int) -> int:
         """Tiles of an output row."""
@@ -61,11 +87,15 @@ def choose(
     """The kernel of a call, from shapes and the caller's hint alone.
 
     limit: rows of all experts together, or if masked of each. expected_rows: mean rows per expert; 0: as many as fit.
-    Few rows leave the weights' bytes as the bound, and a tile of 128 rows mostly empty: another kernel.
+    Few rows leave the weights' bytes as the bound, and a tile of 128 rows mostly empty: another kernel. Many make the
+    loads of a tile the bound of bf16, of which a tall one has fewer.
     """
     mean = expected_rows or (limit if masked else -(-limit // experts))
     if mean <= decode.MAX_MEAN_ROWS and experts <= decode.MAX_EXPERTS:
         return decode.choose(dtype, epilogue, mean, limit)
+    tall = GemmConfig(dtype, epilogue, *TALL)
+    if TALL in TILES[dtype] and tall.possible and mean >= TALL_MEAN_ROWS and experts <= TALL_EXPERTS:
+        return tall
     return GemmConfig(dtype, epilogue)
 
 
@@ -74,5 +104,5 @@ def num_ctas(experts: int, rows: int, columns: int, config: GemmConfig, num_sms:
 
     rows: of all experts together. columns: of the output.
     """
-    row_tiles = -(-rows // TILE_M) + experts
+    row_tiles = -(-rows // config.tile_m) + experts
     return min(num_sms, row_tiles * config.column_tiles(columns))

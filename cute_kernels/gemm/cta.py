@@ -19,8 +19,8 @@ class Shared:
 
     a: cute.Pointer
     b: cute.Pointer
-    sA: cute.Tensor  # (128, block_k, STAGES)
-    sB: cute.Tensor  # (256, block_k, STAGES)
+    sA: cute.Tensor  # (tile_m, block_k, STAGES)
+    sB: cute.Tensor  # (tile_n, block_k, STAGES)
     tables: Tables
     full: cute.Pointer  # STAGES: the boxes of a stage have landed
     empty: cute.Pointer  # STAGES: all math warps have multiplied it

@@ -6,15 +6,10 @@ from cutlass import BFloat16, Float32, Int32, Int64, const_expr
 
 from ..sm90 import ptx
 from ..sm90.gmem import store_f32
-from .config import FP8_MAX, FP8_MIN_AMAX, GROUP, GemmConfig
+from .config import FP8_MAX, FP8_MIN_AMAX, GROUP, UNIT, GemmConfig
 from .tiles import GemmArgs, Place, Tile
 
 LOG2E = 1.4426950408889634
-
-
-def value_index(group: int, h: int, i: int) -> int:
-    """Accumulator of column 8 * group + 2 * (lane % 4) + i (i 0 or 1) in the thread's row h (0, or 1 for 8 further)."""
-    return 4 * group + 2 * h + i
 
 
 class Epilogue:
@@ -23,27 +18,34 @@ class Epilogue:
     config: GemmConfig
 
     @cute.jit
-    def epilogue(self, a: GemmArgs, acc: cute.Tensor, tile: Tile, c: Place):
-        """Store the thread's two rows of the tile; the loads of the next one are under way."""
-        values = acc
-        if const_expr(self.config.paired):
-            # Not in acc: registers that more than wgmma writes make ptxas serialise the next tile (C7515).
-            values = cute.make_rmem_tensor(64, Float32)
-            for i in cutlass.range_constexpr(64):
-                sigmoid = cute.arch.rcp_approx(1.0 + cute.math.exp2(acc[i] * -LOG2E, fastmath=True))
-                values[i] = acc[i] * sigmoid * acc[64 + i]
-        for h in cutlass.range_constexpr(2):
-            row = c.row + 8 * h
+    def epilogue(self, a: GemmArgs, acc: list, tile: Tile, c: Place):
+        """Store the thread's rows of the tile; the loads of the next one are under way."""
+        for h in cutlass.range_constexpr(2 * self.config.wg_rows // UNIT):
+            row = c.row + h // 2 * UNIT + h % 2 * 8
             live = row < tile.live
             out_row = Int64(tile.block) * a.block_rows + tile.row + row
             if const_expr(self.config.epilogue == "swiglu_fp8"):
-                self.store_row_fp8(a, values, h, out_row, live, tile.column, c)
+                self.store_row_fp8(a, acc, h, out_row, live, tile.column, c)
             else:
-                self.store_row(a, values, h, out_row, live, tile.column * self.config.tile_out, c)
+                self.store_row(a, acc, h, out_row, live, tile.column * self.config.tile_out, c)
+
+    def value(self, acc: list, h: int, group: int, i: int):
+        """Output in column 8 * group + 2 * (lane % 4) + i (i 0 or 1) of the thread's row h (8 rows further if odd, and
+        a unit further for each two).
+
+        SwiGLU is not written over the sums: registers that more than wgmma writes make ptxas serialise the next tile
+        (C7515).
+        """
+        sums, index = acc[h // 2], 4 * group + h % 2 * 2 + i
+        if not self.config.paired:
+            return sums[index]
+        gate, up = sums[index], sums[index + self.config.tile_n // 4]
+        sigmoid = cute.arch.rcp_approx(1.0 + cute.math.exp2(gate * -LOG2E, fastmath=True))
+        return gate * sigmoid * up
 
     @cute.jit
     def store_row(
-        self, a: GemmArgs, values: cute.Tensor, h: cutlass.Constexpr[int], out_row: Int64, live, column: Int32, c: Place
+        self, a: GemmArgs, acc: list, h: cutlass.Constexpr[int], out_row: Int64, live, column: Int32, c: Place
     ):
         """One row as bf16, four groups of 8 columns at a time, a group in each lane."""
         base = a.out.toint() + (out_row * a.columns + column) * 2
@@ -52,7 +54,7 @@ class Epilogue:
         for part in cutlass.range_constexpr(self.config.tile_out // 32):
             for g in cutlass.range_constexpr(4):
                 for i in cutlass.range_constexpr(2):
-                    frag[2 * g + i] = BFloat16(values[value_index(4 * part + g, h, i)])
+                    frag[2 * g + i] = BFloat16(self.value(acc, h, 4 * part + g, i))
             x = transpose([words[g] for g in range(4)], c.lane)
             offset = part * 32 + (c.lane % 4) * 8
             if live & (column + offset < a.columns):
@@ -60,13 +62,13 @@ class Epilogue:
 
     @cute.jit
     def store_row_fp8(
-        self, a: GemmArgs, values: cute.Tensor, h: cutlass.Constexpr[int], out_row: Int64, live, column: Int32, c: Place
+        self, a: GemmArgs, acc: list, h: cutlass.Constexpr[int], out_row: Int64, live, column: Int32, c: Place
     ):
         """One row as e4m3 and its scale. A word holds a lane's columns of two groups of 8."""
+        values = [self.value(acc, h, g, i) for g in range(GROUP // 8) for i in range(2)]
         amax = Float32(FP8_MIN_AMAX)
-        for g in cutlass.range_constexpr(GROUP // 8):
-            for i in cutlass.range_constexpr(2):
-                amax = cute.arch.fmax(amax, ptx.abs_f32(values[value_index(g, h, i)]))
+        for g in cutlass.range_constexpr(GROUP // 4):
+            amax = cute.arch.fmax(amax, ptx.abs_f32(values[g]))
         amax = cute.arch.fmax(amax, cute.arch.shuffle_sync_bfly(amax, offset=1))
         amax = cute.arch.fmax(amax, cute.arch.shuffle_sync_bfly(amax, offset=2))
         scale, inverse = ptx.div_rn(amax, Float32(FP8_MAX)), ptx.div_rn(Float32(FP8_MAX), amax)
@@ -74,9 +76,8 @@ class Epilogue:
         for part in cutlass.range_constexpr(2):
             words = []
             for pair in cutlass.range_constexpr(4):
-                g = 8 * part + 2 * pair
-                scaled = [values[value_index(g + i // 2, h, i % 2)] * inverse for i in range(4)]
-                words.append(ptx.cvt_e4m3x4(*scaled))
+                first = 16 * part + 4 * pair
+                words.append(ptx.cvt_e4m3x4(*[value * inverse for value in values[first : first + 4]]))
             x = transpose(words, c.lane)
             low = [cute.arch.prmt(x[i], x[i + 1], 0x5410) for i in (0, 2)]
             high = [cute.arch.prmt(x[i], x[i + 1], 0x7632) for i in (0, 2)]

@@ -5,18 +5,20 @@
     epilogues: store it | silu(gate) * up of two such columns | the same in e4m3 with a scale per row and 128 columns
 
 Grid: one CTA per SM, persistent over the tiles of all experts (tiles.get_tile); every role walks them by itself.
-A tile is 128 rows of one expert times 256 of its weight rows, or with SwiGLU 128 of gate and the same 128 of up: one
-thread then holds gate and up of the same output, and four lanes all 128 columns of an FP8 group.
+A tile is 128 rows of one expert times 256 of its weight rows (wide), or 256 times 192 (tall, bf16 only). With SwiGLU
+half the weight rows are of gate, half the same of up: one thread then holds gate and up of the same output, and in a
+wide tile four lanes all 128 columns of an FP8 group. Rows come in units of 64: one wgmma, one TMA box.
 K goes by in blocks of 128 bytes, which are one scale block of FP8.
 
 Roles (384 threads)
-    warps 0-3   WG0   rows 0-63 of the tile, multiplies and stores     232 registers
-    warps 4-7   WG1   rows 64-127                                      232 registers
+    warps 0-3   WG0   first half of the tile's rows, multiplies and stores   232 registers
+    warps 4-7   WG1   the other half                                         232 registers
     warp  8     loader (TMA), runs ahead of the math across tiles 40 registers; warps 9 to 11 fill up the warpgroup
-A warpgroup whose rows all lie past the expert's last multiplies nothing, which leaves the tensor cores to the other.
+Units of rows past the expert's last are neither loaded nor multiplied, which leaves the tensor cores to the others.
 
 One K block
-    bf16   wait full | acc += A B: four m64n256k16 | the block before is done: arrive empty
+    bf16   wait full | acc += A B: four m64n256k16, or tall four m64n192k16 for each of two units | the block before is
+           done: arrive empty
     FP8    wait full, then for each half of the columns (one weight scale each): product = A B: four m64n128k32 | wait
            | after the second half arrive empty | acc += product * scales, while the other warpgroup multiplies
 The scales of the next block are on their way to registers meanwhile, those of the next tile during the epilogue. The
@@ -24,14 +26,17 @@ epilogue stores from registers, while the loader fills the stages for the next t
 other.
 
 Pipeline (mbarriers)
-    full[4]    bytes of the boxes: 16384 of A, 32768 of B
+    full[4]    bytes of the boxes: 8192 of A for each unit of rows, 32768 of B (tall 24576)
     empty[4]   one arrive of each math warp
 
-Shared memory (bytes): A 4 x 16384, B 4 x 32768, tables 3 x 4096, mbarriers 64.
+Shared memory (bytes)
+    wide   A 4 x 16384, B 4 x 32768, tables 3 x 4096, mbarriers 64
+    tall   A 4 x 32768, B 4 x 24576, tables 3 x  960, mbarriers 64: all there is, hence 240 experts at most
 
 Rows of a tile past the expert's last are the next expert's or zeros: rows don't mix, and theirs are not stored.
 
-Bounds, per K block and CTA: 1024 tensor cycles, 80 (bf16) or 96 (FP8) bytes a cycle of shared memory, 48 of L2.
+Bounds, per K block and CTA: 1024 tensor cycles, 80 (bf16) or 96 (FP8) bytes a cycle read from shared memory, 48 loaded
+from L2. Tall: 1536 tensor cycles, 85 and 37 bytes a cycle.
 """
 
 import cuda.bindings.driver as cuda
@@ -48,7 +53,7 @@ from cutlass.utils import LayoutEnum
 from ..jit import Program
 from ..sm90.args import fake_args, param_kinds
 from ..sm90.experts import Tables, fill_tables
-from .config import MAX_EXPERTS, STAGE_BYTES, STAGES, TILE_M, TILE_N, WG_ROWS, GemmConfig
+from .config import BLOCK_BYTES, STAGES, TILES, UNIT, GemmConfig
 from .cta import MATH_WARPS, WG, Shared, next_stage
 from .math import Math
 from .tiles import GemmArgs, Place, get_tile, num_tiles
@@ -63,16 +68,19 @@ class GroupedGemm(Math):
         self.fp8 = config.dtype == "fp8"
         self.dtype = Float8E4M3FN if self.fp8 else BFloat16
         self.block_k = config.block_k
+        tile_m, tile_n, experts = config.tile_m, config.tile_n, config.max_experts
+        assert (tile_m, tile_n) in TILES[config.dtype]
+        assert config.possible
 
         @cute.struct
         class Smem:
             full: cute.struct.MemRange[Int64, STAGES]
             empty: cute.struct.MemRange[Int64, STAGES]
-            first: cute.struct.MemRange[Int32, MAX_EXPERTS]
-            stop: cute.struct.MemRange[Int32, MAX_EXPERTS]
-            tiles: cute.struct.MemRange[Int32, MAX_EXPERTS]
-            a: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * TILE_M * self.block_k], 1024]
-            b: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * TILE_N * self.block_k], 1024]
+            first: cute.struct.MemRange[Int32, experts]
+            stop: cute.struct.MemRange[Int32, experts]
+            tiles: cute.struct.MemRange[Int32, experts]
+            a: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * tile_m * self.block_k], 1024]
+            b: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * tile_n * self.block_k], 1024]
 
         self.Smem = Smem
 
@@ -95,7 +103,7 @@ class GroupedGemm(Math):
         """64 rows times as many weight rows as one instruction takes: all, or with FP8 those of one scale."""
         return hh.make_trivial_tiled_mma(
             self.dtype, self.dtype, OperandMajorMode.K, OperandMajorMode.K, Float32,
-            atom_layout_mnk=(1, 1, 1), tiler_mn=(WG_ROWS, TILE_N // 2 if self.fp8 else TILE_N),
+            atom_layout_mnk=(1, 1, 1), tiler_mn=(UNIT, self.config.tile_n // (2 if self.fp8 else 1)),
         )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------------- device
@@ -119,9 +127,9 @@ class GroupedGemm(Math):
         cute.arch.mbarrier_init_fence()
         kind = hh.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, self.block_k)
         atom = warpgroup.make_smem_layout_atom(kind, self.dtype)
-        a_stages = cute.tile_to_shape(atom, (TILE_M, self.block_k, STAGES), order=(0, 1, 2))
-        b_stages = cute.tile_to_shape(atom, (TILE_N, self.block_k, STAGES), order=(0, 1, 2))
-        table = cute.make_layout(MAX_EXPERTS)
+        a_stages = cute.tile_to_shape(atom, (self.config.tile_m, self.block_k, STAGES), order=(0, 1, 2))
+        b_stages = cute.tile_to_shape(atom, (self.config.tile_n, self.block_k, STAGES), order=(0, 1, 2))
+        table = cute.make_layout(self.config.max_experts)
         shared = Shared(
             a=sm.a.data_ptr(),
             b=sm.b.data_ptr(),
@@ -135,11 +143,11 @@ class GroupedGemm(Math):
         cute.arch.griddepcontrol_launch_dependents()
         lane = tid % 32
         if warp_id == 0:
-            fill_tables(args, shared.tables, TILE_M, lane)
+            fill_tables(args, shared.tables, self.config.tile_m, lane)
         cute.arch.sync_threads()
 
         wg = warp_id // 4  # 2 is the loader's
-        place = Place(cta, ctas, lane, wg, wg * WG_ROWS + (warp_id % 4) * 16 + lane // 4)
+        place = Place(cta, ctas, lane, wg, wg * self.config.wg_rows + (warp_id % 4) * 16 + lane // 4)
         if wg == 2:
             cute.arch.setmaxregister_decrease(40)
             if warp_id == 8:
@@ -152,20 +160,24 @@ class GroupedGemm(Math):
     @cute.jit
     def load(self, a_map, b_map, a: GemmArgs, s: Shared, c: Place):
         """All K blocks of all tiles, as soon as the math frees their place."""
-        box_n = self.config.box_n
+        tile_m, tile_n, box_n = self.config.tile_m, self.config.tile_n, self.config.box_n
         stage, phase, index = Int32(0), Int32(1), c.cta
         total = num_tiles(a, s.tables)
         while index < total:
-            tile = get_tile(a, s.tables, index, c.lane)
+            tile = get_tile(a, s.tables, self.config.raster_tiles, index, c.lane)
+            stage_bytes = ((tile.live + (UNIT - 1)) // UNIT * UNIT + tile_n) * BLOCK_BYTES
             for block in cutlass.range(a.k_blocks, unroll=1):
                 k = block * self.block_k
                 full = s.full + stage
                 cute.arch.mbarrier_wait(s.empty + stage, phase)
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(full, STAGE_BYTES)
-                    copy_box(s.a + stage * TILE_M * self.block_k, a_map, [k, tile.row, tile.block], full)
-                    for i in cutlass.range_constexpr(TILE_N // box_n):
-                        to = s.b + (stage * TILE_N + i * box_n) * self.block_k
+                    cute.arch.mbarrier_arrive_and_expect_tx(full, stage_bytes)
+                    for i in cutlass.range_constexpr(tile_m // UNIT):
+                        if i * UNIT < tile.live:
+                            to = s.a + (stage * tile_m + i * UNIT) * self.block_k
+                            copy_box(to, a_map, [k, tile.row + i * UNIT, tile.block], full)
+                    for i in cutlass.range_constexpr(tile_n // box_n):
+                        to = s.b + (stage * tile_n + i * box_n) * self.block_k
                         row = tile.column * box_n + i * a.columns  # with two boxes: gate, and up `columns` further
                         copy_box(to, b_map, [k, row, tile.expert], full)
                 stage, phase = next_stage(stage, phase)
@@ -181,7 +193,7 @@ def copy_box(to, tensor_map, coordinates, full):
 def program(config: GemmConfig) -> Program:
     """The host function and the fake arguments that compile one variant."""
     kernel = GroupedGemm(config)
-    name = f"cutehop_gemm_{config.dtype}_{config.epilogue}"
+    name = f"cutehop_gemm_{config.dtype}_{config.epilogue}_{config.tile_m}x{config.tile_n}"
     kernel.kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
     return Program(
         host=kernel,

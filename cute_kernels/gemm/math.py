@@ -1,4 +1,4 @@
-"""The two math warpgroups of the grouped GEMM: 64 rows of the tile each."""
+"""The two math warpgroups of the grouped GEMM: half the rows of the tile each."""
 
 import cutlass
 import cutlass.cute as cute
@@ -6,7 +6,7 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from ..sm90.gmem import load_f32
-from .config import TILE_N, WG_ROWS
+from .config import UNIT
 from .cta import Shared, next_stage, release
 from .epilogue import Epilogue
 from .tiles import GemmArgs, Place, Tile, get_tile, num_tiles
@@ -22,31 +22,40 @@ class Math(Epilogue):
 
     @cute.jit
     def math(self, a: GemmArgs, mma: cute.TiledMma, s: Shared, c: Place):
-        """All tiles of the CTA, which has at least one. What a thread accumulates: see epilogue.value_index."""
+        """All tiles of the CTA, which has at least one. What a thread accumulates: see Epilogue.value."""
         thread = mma.get_slice(0)
         width = mma.shape_mnk[1]
-        rows = cute.local_tile(s.sA, (WG_ROWS, self.block_k), (c.wg, 0, None))
-        rA = thread.make_fragment_A(thread.partition_A(rows))
-        halves = [cute.local_tile(s.sB, (width, self.block_k), (i, 0, None)) for i in range(TILE_N // width)]
+        tile_n, wg_rows = self.config.tile_n, self.config.wg_rows
+        units = range(wg_rows // UNIT)  # of the warpgroup's rows
+        rows = [cute.local_tile(s.sA, (UNIT, self.block_k), (c.wg * len(units) + i, 0, None)) for i in units]
+        rA = [thread.make_fragment_A(thread.partition_A(unit)) for unit in rows]
+        halves = [cute.local_tile(s.sB, (width, self.block_k), (i, 0, None)) for i in range(tile_n // width)]
         rB = [thread.make_fragment_B(thread.partition_B(half)) for half in halves]
-        product = cute.make_rmem_tensor(mma.partition_shape_C((WG_ROWS, width)), Float32)
-        acc = cute.make_rmem_tensor(TILE_N // 2, Float32) if const_expr(self.fp8) else product
+        product = [cute.make_rmem_tensor(mma.partition_shape_C((UNIT, width)), Float32) for _ in units]
+        acc = [cute.make_rmem_tensor(tile_n // 2, Float32)] if const_expr(self.fp8) else product
         stage, phase, index = Int32(0), Int32(0), c.cta
         total = num_tiles(a, s.tables)
-        tile = get_tile(a, s.tables, index, c.lane)
+        tile = get_tile(a, s.tables, self.config.raster_tiles, index, c.lane)
         scales = self.first_scales(a, tile, c)
         while index < total:
-            live = tile.live > c.wg * WG_ROWS
+            live = tile.live > c.wg * wg_rows
             if live:
                 if const_expr(self.fp8):
-                    stage, phase = self.multiply_fp8(a, mma, s, rA, rB, acc, product, tile, scales, stage, phase, c)
+                    stage, phase = self.multiply_fp8(
+                        a, mma, s, rA[0], rB, acc[0], product[0], tile, scales, stage, phase, c
+                    )
+                elif const_expr(wg_rows == UNIT):
+                    stage, phase = self.multiply_bf16(a, mma, s, rA[:1], rB[0], acc, stage, phase, c)
+                elif tile.live > c.wg * wg_rows + UNIT:
+                    stage, phase = self.multiply_bf16(a, mma, s, rA, rB[0], acc, stage, phase, c)
                 else:
-                    stage, phase = self.multiply_bf16(a, mma, s, rA, rB, acc, stage, phase, c)
+                    stage, phase = self.multiply_bf16(a, mma, s, rA[:1], rB[0], acc, stage, phase, c)
             else:
                 stage, phase = self.skip(a, s, stage, phase, c)
             # Here, so that the first scales are there when the epilogue is over.
             done, index = tile, index + c.ctas
-            tile = get_tile(a, s.tables, index if index < total else total - 1, c.lane)
+            after = index if index < total else total - 1
+            tile = get_tile(a, s.tables, self.config.raster_tiles, after, c.lane)
             scales = self.first_scales(a, tile, c)
             if live:
                 self.epilogue(a, acc, done, c)
@@ -62,10 +71,11 @@ class Math(Epilogue):
 
     @cute.jit
     def multiply_bf16(
-        self, a: GemmArgs, mma: cute.TiledMma, s: Shared, rA: cute.Tensor, rB: list, acc: cute.Tensor,
+        self, a: GemmArgs, mma: cute.TiledMma, s: Shared, rA: list, rB: cute.Tensor, acc: list,
         stage: Int32, phase: Int32, c: Place,
     ):  # fmt: skip
-        """acc = A B, one block in flight while the next one's instructions are issued."""
+        """acc = A B of as many units of rows as rA has, one block in flight while the next one's instructions are
+        issued."""
         atom = cute.make_mma_atom(mma.op)
         before = stage
         for block in cutlass.range(a.k_blocks, unroll=1):
@@ -73,7 +83,8 @@ class Math(Epilogue):
             atom.set(warpgroup.Field.ACCUMULATE, block > 0)
             warpgroup.fence()
             for k in cutlass.range_constexpr(K_STEPS):
-                cute.gemm(atom, acc, rA[None, None, k, stage], rB[0][None, None, k, stage], acc)
+                for unit, sums in zip(rA, acc):
+                    cute.gemm(atom, sums, unit[None, None, k, stage], rB[None, None, k, stage], sums)
                 atom.set(warpgroup.Field.ACCUMULATE, True)
             warpgroup.commit_group()
             warpgroup.wait_group(1)

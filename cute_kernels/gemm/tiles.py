@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
 from ..sm90.experts import Tables, find_expert
-from .config import RASTER_ROWS, TILE_M
+from .config import UNIT
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,19 @@ class Place:
     ctas: Int32
     lane: Int32
     wg: Int32  # 0 or 1 multiply, uniform in a warp
-    row: Int32  # a math thread's rows of the tile are row and row + 8
+    row: Int32  # a math thread's rows of the tile are row and row + 8, and with tall tiles 64 rows further
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One output tile. Concurrent CTAs have consecutive tiles: RASTER_ROWS row tiles times all column tiles, row tiles
-    first, so that what they load at a time comes from DRAM once."""
+    """One output tile. Concurrent CTAs have consecutive tiles: config.raster_tiles row tiles times all column tiles,
+    row tiles first, so that what they load at a time comes from DRAM once. An expert's row tiles share its rows as
+    equally as units of UNIT rows allow: all of a short tile's weights would be loaded for few products."""
 
     expert: Int32
     block: Int32  # block of rows of the activations: the expert's own, or 0
     row: Int32  # first row, within the block
-    live: Int32  # rows from there on that are the expert's; more than TILE_M unless it is the last tile
+    live: Int32  # rows that it has
     column: Int32  # index of the column tile
 
 
@@ -60,16 +62,22 @@ def num_tiles(a: GemmArgs, tables: Tables):
 
 
 @cute.jit
-def get_tile(a: GemmArgs, tables: Tables, index: Int32, lane: Int32):
+def get_tile(a: GemmArgs, tables: Tables, raster: cutlass.Constexpr[int], index: Int32, lane: Int32):
     """The tile numbered `index`, less than num_tiles. By a whole warp."""
     expert, before = find_expert(a, tables, index, lane)
     row_tiles = tables.tiles[expert] - before
     local = index - before * a.column_tiles
-    band = local // (RASTER_ROWS * a.column_tiles)
-    height = row_tiles - band * RASTER_ROWS
-    height = height if height < RASTER_ROWS else Int32(RASTER_ROWS)
-    local -= band * (RASTER_ROWS * a.column_tiles)
+    band = local // (raster * a.column_tiles)
+    height = row_tiles - band * raster
+    height = height if height < raster else Int32(raster)
+    local -= band * (raster * a.column_tiles)
     column = local // height
-    row = tables.first[expert] + (band * RASTER_ROWS + local - column * height) * TILE_M
+    row_tile = band * raster + local - column * height
+    units = (tables.stop[expert] - tables.first[expert] + (UNIT - 1)) // UNIT
+    share = units // row_tiles
+    longer = units - share * row_tiles  # tiles that have a unit more, the first ones
+    row = tables.first[expert] + (row_tile * share + (row_tile if row_tile < longer else longer)) * UNIT
+    rows = (share + Int32(row_tile < longer)) * UNIT
+    left = tables.stop[expert] - row
     block = expert if a.block_rows > 0 else Int32(0)
-    return Tile(expert, block, row, tables.stop[expert] - row, column)
+    return Tile(expert, block, row, rows if rows < left else left, column)

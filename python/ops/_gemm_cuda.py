@@ -127,14 +127,14 @@ def _prepare(
 ) -> _Call:
     experts, weight_rows, k = b.shape
     check(
-        experts <= cfg.MAX_EXPERTS,
-        f"{op}: {experts} experts, supported 1..{cfg.MAX_EXPERTS}; spread them over ranks or calls",
+        experts <= config.max_experts,
+        f"{op}: {experts} experts, supported 1..{config.max_experts}; spread them over ranks or calls",
     )
     columns = weight_rows // 2 if config.paired else weight_rows
     blocks, limit = a.shape[:-1] if a.dim() == 3 else (1, a.shape[0])
     column_tiles = config.column_tiles(columns)
-    tiles = (-(-limit // cfg.TILE_M) * blocks + experts) * column_tiles
-    check(tiles < 1 << 31, f"{op}: {tiles} tiles of {cfg.TILE_M} rows, limit 2^31 - 1; pass fewer rows")
+    tiles = (-(-limit // config.tile_m) * blocks + experts) * column_tiles
+    check(tiles < 1 << 31, f"{op}: {tiles} tiles of {config.tile_m} rows, limit 2^31 - 1; pass fewer rows")
     *a_block, a_row, a_k = scale_strides or (0, 0, 0)
     sizes = (
         a_block[0] if a.dim() == 3 and a_block else 0,
@@ -152,7 +152,7 @@ def _prepare(
     return _Call(
         kernel=gemm.gemm_kernel(config, stream),
         grid=(ctas, 1, 1),
-        a_map=decode.operand_map(a if a.dim() == 3 else a.unsqueeze(0), cfg.TILE_M, config),
+        a_map=decode.operand_map(a if a.dim() == 3 else a.unsqueeze(0), cfg.UNIT, config),
         b_map=decode.operand_map(b, config.box_n, config),
         sizes=sizes,
     )

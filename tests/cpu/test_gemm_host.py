@@ -63,7 +63,7 @@ def parameters(call) -> SimpleNamespace:
     return SimpleNamespace(**dict(zip(names, call.sizes)))
 
 
-def walk(p: SimpleNamespace, rows: list[int]):
+def walk(p: SimpleNamespace, rows: list[int], config: cfg.GemmConfig):
     """(expert, block, row, live, column) of every tile, in the order in which CTAs take them."""
     before = 0
     for expert, value in enumerate(rows):
@@ -71,49 +71,56 @@ def walk(p: SimpleNamespace, rows: list[int]):
         if p.block_rows == 0:
             first, stop = before, max(stop, before)
             before = stop
-        tiles = -(-(stop - first) // cfg.TILE_M)
-        for band in range(0, tiles, cfg.RASTER_ROWS):
+        tiles = -(-(stop - first) // config.tile_m)
+        units = -(-(stop - first) // cfg.UNIT)
+        heights = [(units // tiles + (tile < units % tiles)) * cfg.UNIT for tile in range(tiles)]
+        for band in range(0, tiles, config.raster_tiles):
             for column in range(p.column_tiles):
-                for tile in range(band, min(band + cfg.RASTER_ROWS, tiles)):
-                    row = first + tile * cfg.TILE_M
-                    yield expert, expert if p.block_rows else 0, row, stop - row, column
+                for tile in range(band, min(band + config.raster_tiles, tiles)):
+                    row = first + sum(heights[:tile])
+                    yield expert, expert if p.block_rows else 0, row, min(heights[tile], stop - row), column
 
 
-def execute(x: Inputs) -> tuple[Tensor, Tensor]:
+def configs(case: Case) -> list[cfg.GemmConfig]:
+    """Every kernel that computes the case."""
+    kind = ("fp8" if case.fp8 else "bf16", case.epilogue)
+    return [config for _, config in gemm.variants() if (config.dtype, config.epilogue) == kind]
+
+
+def execute(x: Inputs, config: cfg.GemmConfig) -> tuple[Tensor, Tensor]:
     """The outputs of a launch."""
     strides = None if x.a_scales is None else x.a_scales.stride()
-    config = cfg.GemmConfig("fp8" if x.case.fp8 else "bf16", x.case.epilogue)
     call = _gemm_cuda._prepare("grouped_gemm", config, x.a, x.b, strides, 0)
     p = parameters(call)
     out, out_scales = x.outputs()
     flat = out.view(-1, p.columns)
     assert 1 <= call.grid[0] <= 132
-    for expert, block, row, live, column in walk(p, x.rows.tolist()):
-        boxes = [column * config.box_n + i * p.columns for i in range(cfg.TILE_N // config.box_n)]
-        acc = torch.zeros(cfg.TILE_M, cfg.TILE_N)
+    for expert, block, row, live, column in walk(p, x.rows.tolist(), config):
+        boxes = [column * config.box_n + i * p.columns for i in range(config.tile_n // config.box_n)]
+        acc = torch.zeros(config.tile_m, config.tile_n)
         for kb in range(p.k_blocks):
-            a = call.a_map.load(x.a, kb * config.block_k, row, block)
+            units = range(row, row + live, cfg.UNIT)
+            a = torch.cat([call.a_map.load(x.a, kb * config.block_k, unit, block) for unit in units])
             b = torch.cat([call.b_map.load(x.b, kb * config.block_k, n, expert) for n in boxes])
             product = a @ b.t()
             if config.dtype == "fp8":
                 product = product * scales_of(x, p, config, expert, block, row, live, column, kb)
-            acc += product
-        n = min(live, cfg.TILE_M)
+            acc[: len(a)] += product
         if config.paired:
-            acc = torch.nn.functional.silu(acc[:, : cfg.GROUP]) * acc[:, cfg.GROUP :]
-        target = flat[block * p.block_rows + row :][:n, column * config.tile_out :][:, : config.tile_out]
+            acc = torch.nn.functional.silu(acc[:, : config.box_n]) * acc[:, config.box_n :]
+        target = flat[block * p.block_rows + row :][:live, column * config.tile_out :][:, : config.tile_out]
         if config.epilogue == "swiglu_fp8":
             from cutehop.ref.quant import quantize_fp8
 
-            acc, scales = quantize_fp8(acc[:n])
-            out_scales.view(-1, p.columns // cfg.GROUP)[block * p.block_rows + row :][:n, column] = scales[:, 0]
-        target.copy_(acc[:n, : target.shape[1]])
+            acc, scales = quantize_fp8(acc[:live])
+            out_scales.view(-1, p.columns // cfg.GROUP)[block * p.block_rows + row :][:live, column] = scales[:, 0]
+        target.copy_(acc[:live, : target.shape[1]])
     return out, out_scales
 
 
 def scales_of(x: Inputs, p, config, expert, block, row, live, column, kb) -> Tensor:
     """Factors of a tile's product, as math.Math.scale_places finds them."""
-    rows = torch.arange(cfg.TILE_M)
+    rows = torch.arange(-(-live // cfg.UNIT) * cfg.UNIT)
     rows = torch.where(rows < live, rows, 0) + row
     flat = x.a_scales.as_strided((x.a_scales.untyped_storage().nbytes() // 4,), (1,), 0)
     mine = flat[block * p.a_scale_block + rows * p.a_scale_row + kb * p.a_scale_k]
@@ -134,14 +141,17 @@ CASES = [
     Case((40, 90), 768, 256, fp8=True, epilogue="swiglu"),
     Case((40, 90), 512, 128, fp8=True, epilogue="swiglu_fp8", block_rows=100),
     Case((5,), 8, 8, tail=0),
-    Case((128 * (cfg.RASTER_ROWS + 2) + 1, 128), 520, 8),
+    Case((cfg.RASTER_ROWS + 257, 128), 520, 8),
+    Case((64, 65, 256, 257, 320, 513), 520, 72),
+    Case((300, 600), 640, 64, epilogue="swiglu", block_rows=640),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_launch_computes_the_reference(case):
     x = build(case, "cpu")
-    assert not failures(x, *execute(x))
+    for config in configs(case):
+        assert not failures(x, *execute(x, config))
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[4], CASES[5]], ids=str)
@@ -154,24 +164,42 @@ def test_strides(case):
     b.copy_(x.b)
     scales = None if x.a_scales is None else x.a_scales.transpose(-1, -2).contiguous().transpose(-1, -2)
     y = replace(x, a=wide, b=b, a_scales=scales)
-    assert not failures(y, *execute(y))
+    for config in configs(case):
+        assert not failures(y, *execute(y, config))
 
 
 @pytest.mark.parametrize("rows", [(-5, 40, 20, 90, 1 << 30), (200, 100, 300, 250, 400), (-1, -2, -3, -4, -5)])
 def test_ends_that_make_no_sense(rows):
     x = replace(build(Case((100,) * 5, 264, 64, tail=0), "cpu"), rows=torch.tensor(rows, dtype=torch.int32))
-    assert not failures(x, *execute(x))
+    for config in configs(x.case):
+        assert not failures(x, *execute(x, config))
 
 
-def test_a_walk_keeps_what_runs_at_a_time_together():
+@pytest.mark.parametrize("tile", cfg.TILES["bf16"])
+def test_a_walk_keeps_what_runs_at_a_time_together(tile):
     """132 consecutive tiles of one large expert need few distinct row and column tiles."""
+    config = cfg.GemmConfig("bf16", "store", *tile)
     p = SimpleNamespace(limit=1 << 20, block_rows=0, column_tiles=28)
-    tiles = list(walk(p, [128 * 256]))
-    assert len(tiles) == len(set(tiles)) == 256 * 28
+    tiles = list(walk(p, [128 * 256], config))
+    assert len(tiles) == len(set(tiles)) == 128 * 256 // config.tile_m * 28
     for start in range(0, len(tiles) - 132, 131):
         window = tiles[start : start + 132]
-        assert len({row for _, _, row, _, _ in window}) <= 2 * cfg.RASTER_ROWS
+        assert len({row for _, _, row, _, _ in window}) <= 2 * config.raster_tiles
         assert len({(row, column) for _, _, row, _, column in window}) == 132
+
+
+@pytest.mark.parametrize("tile", cfg.TILES["bf16"])
+def test_an_experts_tiles_share_its_rows(tile):
+    """In whole units, none empty, none over the tile, all but the last full, and as equal as that allows."""
+    config = cfg.GemmConfig("bf16", "store", *tile)
+    for rows in range(1, 12 * cfg.UNIT):
+        p = SimpleNamespace(limit=rows, block_rows=0, column_tiles=1)
+        heights = [live for _, _, _, live, _ in walk(p, [rows], config)]
+        assert sum(heights) == rows
+        assert len(heights) == -(-rows // config.tile_m)
+        assert 0 < min(heights) <= max(heights) <= config.tile_m
+        assert all(height % cfg.UNIT == 0 for height in heights[:-1])
+        assert max(heights) - min(heights) < 2 * cfg.UNIT
 
 
 def test_no_more_ctas_than_tiles_or_sms():
@@ -179,6 +207,7 @@ def test_no_more_ctas_than_tiles_or_sms():
     assert cfg.num_ctas(32, 32768, 4096, store, 132) == 132
     assert cfg.num_ctas(1, 1, 256, store, 132) == 2
     assert cfg.num_ctas(1, 1, 256, cfg.GemmConfig("bf16", "swiglu"), 132) == 4
+    assert cfg.num_ctas(1, 300, 256, cfg.GemmConfig("bf16", "store", 256, 192), 132) == 6
 
 
 def test_addresses_and_sizes_that_do_not_fit_are_refused():
@@ -204,3 +233,21 @@ def test_few_rows_per_expert_take_the_other_kernel(experts, limit, masked, expec
     config = cfg.choose("fp8", "swiglu", experts, limit, masked, expected_rows)
     assert isinstance(config, cfg.GemmConfig) is not few
     assert (config.dtype, config.epilogue) == ("fp8", "swiglu")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "epilogue", "experts", "mean", "tall"),
+    [
+        ("bf16", "store", 32, cfg.TALL_MEAN_ROWS, True),
+        ("bf16", "swiglu", 32, cfg.TALL_MEAN_ROWS, True),
+        ("bf16", "store", 32, cfg.TALL_MEAN_ROWS - 1, False),
+        ("bf16", "swiglu_fp8", 32, cfg.TALL_MEAN_ROWS, False),  # 96 columns are no group
+        ("fp8", "store", 32, cfg.TALL_MEAN_ROWS, False),
+        ("bf16", "store", cfg.TALL_EXPERTS, cfg.TALL_MEAN_ROWS, True),
+        ("bf16", "store", cfg.TALL_EXPERTS + 1, cfg.TALL_MEAN_ROWS, False),
+    ],
+)
+def test_bf16_with_many_rows_takes_the_tall_tile(dtype, epilogue, experts, mean, tall):
+    config = cfg.choose(dtype, epilogue, experts, 1 << 20, False, mean)
+    assert config == cfg.GemmConfig(dtype, epilogue, *((256, 192) if tall else (128, 256)))
+    assert config in [variant for _, variant in gemm.variants()]

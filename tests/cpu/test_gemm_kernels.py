@@ -31,7 +31,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[cfg.GemmConfig, Bu
         return {config: gemm.gemm_kernel.bundle(config) for config in CONFIGS}
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda c: f"{c.dtype}-{c.epilogue}")
+@pytest.fixture(params=CONFIGS, ids=lambda c: f"{c.dtype}-{c.epilogue}-{c.tile_m}x{c.tile_n}")
 def config(request) -> cfg.GemmConfig:
     return request.param
 
@@ -42,9 +42,11 @@ def bundle(bundles, config) -> Bundle:
 
 
 def test_every_dtype_has_every_epilogue():
-    assert {(config.dtype, config.epilogue) for config in CONFIGS} == {
-        (d, e) for d in cfg.DTYPES for e in cfg.EPILOGUES
-    }
+    wide = {(c.dtype, c.epilogue) for c in CONFIGS if (c.tile_m, c.tile_n) == cfg.WIDE}
+    tall = {(c.dtype, c.epilogue) for c in CONFIGS if (c.tile_m, c.tile_n) == cfg.TALL}
+    assert wide == {(dtype, epilogue) for dtype in cfg.DTYPES for epilogue in cfg.EPILOGUES}
+    assert tall == {("bf16", "store"), ("bf16", "swiglu")}
+    assert len(CONFIGS) == len(set(CONFIGS))
 
 
 def test_nothing_spills_or_lives_in_local_memory(bundle):
@@ -59,17 +61,19 @@ def test_fits_an_sm(bundle):
 
 
 def test_multiplies_on_tensor_cores_without_serialisation(bundle, config):
-    """One block of 128 bytes of K: four steps of all columns, or with FP8 of each half of them."""
-    shape, kind = ("m64n128k32", "e4m3") if config.dtype == "fp8" else ("m64n256k16", "bf16")
+    """One block of 128 bytes of K: four steps of all columns, or with FP8 of each half of them. A tall tile has one
+    loop for two units of rows and one for a single unit."""
+    shape, kind = ("m64n128k32", "e4m3") if config.dtype == "fp8" else (f"m64n{config.tile_n}k16", "bf16")
+    steps = 8 if config.dtype == "fp8" else sum(4 * units for units in range(1, config.wg_rows // cfg.UNIT + 1))
     found = Counter(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\w+)\.f32\.(\w+)\.(\w+)", bundle.ptx))
-    assert found == {(shape, kind, kind): 8 if config.dtype == "fp8" else 4}
+    assert found == {(shape, kind, kind): steps}
     assert "C75" not in bundle.log  # ptxas notes about serialised wgmma are C7510 to C7520
 
 
 def test_loads_by_tma(bundle, config):
-    """A's box and B's, which is two boxes where a tile is gate and up."""
+    """A's boxes, one for each 64 rows, and B's, which is two boxes where a tile is gate and up."""
     loads = re.findall(r"cp\.async\.bulk\.tensor\.3d\.shared::\w+\.global", bundle.ptx)
-    assert len(loads) == (3 if config.paired else 2)
+    assert len(loads) == config.tile_m // cfg.UNIT + (2 if config.paired else 1)
 
 
 def test_moves_registers_from_the_loader_to_the_math(bundle):
@@ -79,10 +83,10 @@ def test_moves_registers_from_the_loader_to_the_math(bundle):
 
 
 def test_stores_16_bytes_at_a_time(bundle, config):
-    """Two rows of a thread; nothing but the scales is stored otherwise."""
+    """The rows of a thread; nothing but the scales is stored otherwise."""
     width = 1 if config.epilogue == "swiglu_fp8" else 2
     stores = Counter(re.findall(r"st\.global\.(\w+\.?\w*)", bundle.ptx))
-    assert stores.pop("v4.b32") == 2 * config.tile_out * width // 64
+    assert stores.pop("v4.b32") == config.wg_rows // 32 * config.tile_out * width // 64
     assert sum(stores.values()) == (2 if config.epilogue == "swiglu_fp8" else 0)
 
 
