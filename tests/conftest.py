@@ -24,7 +24,19 @@ def why_no_gpu() -> str | None:
     return None if capability == (9, 0) else f"kernels are built for SM90, this GPU is SM{capability[0]}{capability[1]}"
 
 
+def _gpu_ranks(item: pytest.Item) -> int:
+    """Ranks on GPUs that a test asks for by its parameters, else 0. A module's tests are in the order of these numbers:
+    GPUs have one pool at a time, and to start another one takes longer than most tests."""
+    callspec = getattr(item, "callspec", None)
+    if callspec is None or item.get_closest_marker("gpu") is None:
+        return 0
+    found = [value[1] for value in callspec.params.values() if isinstance(value, tuple) and value[:1] == ("cuda",)]
+    return max([*found, callspec.params.get("ranks", 0)])
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    modules = {item.path: place for place, item in reversed([*enumerate(items)])}
+    items.sort(key=lambda item: (modules[item.path], _gpu_ranks(item)))
     reason = why_no_gpu()
     if reason is None:
         return
