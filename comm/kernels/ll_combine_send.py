@@ -19,17 +19,15 @@ from .ll_combine_coded import CodedSender
 from .ll_remote import RemoteGroup, put
 from .ll_verbs import (
     READY,
-    SEND_LIVE,
     base_of,
     finish,
     has_home,
     next_epoch,
-    note_live,
     outbox_of,
     slot_of,
     start_next_kernel,
 )
-from .ll_waits import wait_ack
+from .ll_waits import note_receivers, wait_ack
 from .ring import EMPTY, drain, make_ring, move_row
 from .verbs import Group, copy_vectors, may_proceed
 
@@ -82,7 +80,7 @@ class CombineSender(CodedSender):
         elif warp == 1:
             if lane < g.ranks:
                 reached = wait_ack(g, epoch, lane)
-            note_live(g, sm.flag.data_ptr(), SEND_LIVE, reached)
+            note_receivers(g, sm.flag.data_ptr(), reached)
         go = may_proceed(g, reached)
         if const_expr(not self.receives):
             start_next_kernel()

@@ -34,12 +34,11 @@ from .ll_verbs import (
     finish,
     is_live,
     next_epoch,
-    note_live,
     outbox_of,
     slot_of,
     start_next_kernel,
 )
-from .ll_waits import wait_ack
+from .ll_waits import note_receivers, wait_ack
 from .verbs import GMEM, Group, may_proceed, peer_base, send_count
 
 TOKEN_THREADS = 32 * TOKEN_WARPS
@@ -135,7 +134,7 @@ class DispatchSender:
             reached = wait_ack(g, epoch, thread)
         if const_expr(g.elastic):
             if thread < 32:
-                note_live(g, sm.flag.data_ptr(), SEND_LIVE, reached)
+                note_receivers(g, sm.flag.data_ptr(), reached)
         return may_proceed(g, reached, INDEX_BARRIER, INDEX_THREADS)
 
     @cute.jit

@@ -12,7 +12,7 @@ from cutlass import Boolean, Int32, Int64, const_expr
 from ..config import LINE
 from ..ll_config import SLOTS
 from .ll_remote import see_data, set_flag_of
-from .ll_verbs import ACK, MASK, READY, TOLD, VERDICT, is_masked, line, slot_of
+from .ll_verbs import ACK, MASK, READY, SEND_LIVE, TOLD, VERDICT, is_masked, line, note_live, slot_of
 from .verbs import GMEM, PHASE, Group, peer_base, wait_flag
 
 GRACE_NS = 10_000_000  # for a peer that has begun to write before it could see that it is left out
@@ -72,6 +72,20 @@ def poll_or_leave_out(g: Group, flag, wanted, peer):
 
 
 @cute.jit
+def note_receivers(g: Group, shared: cute.Pointer, reached):
+    """By one warp, behind its waits for acks: whom this CTA sends to. A lane that has its ack at once may be told while
+    another one waits for a dead rank until the deadline, and who told goes on without me meanwhile."""
+    if const_expr(g.elastic):
+        peer = cute.arch.lane_idx()
+        cute.arch.sync_warp()
+        if reached & (peer < g.ranks):
+            if is_told(g, peer):
+                leave_out(g, peer)
+                reached = Boolean(False)
+        note_live(g, shared, SEND_LIVE, reached)
+
+
+@cute.jit
 def agree(g: Group, flag, epoch, source):
     """By one thread of each CTA: the verdict of this operation. Its epoch tells it from the slot's earlier ones."""
     address = g.own + VERDICT + Int64(slot_of(epoch)) * LINE + Int64(source) * 4
@@ -98,7 +112,8 @@ def agree(g: Group, flag, epoch, source):
 
 @cute.jit
 def leave_out(g: Group, peer):
-    """Mask a peer and tell it. What it is writing here at that moment lands before this rank goes on."""
+    """Mask a peer and tell it. What it is writing here at that moment lands before this launch sends its flags: the CTA
+    that has masked it waits, others go on at once."""
     mask = cute.make_ptr(Int32, g.own + MASK + Int64(peer) * 4, GMEM, assumed_align=4)
     if cute.arch.atomic_cas(mask, cmp=Int32(0), val=Int32(1), sem="relaxed", scope="gpu") == 0:
         set_flag_of(g, peer_base(g, peer), TOLD + Int64(g.rank) * LINE, Int32(1), peer, False)
