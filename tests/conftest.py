@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -76,3 +76,9 @@ def gpu_ranks(_gpu_pools: Pools) -> Iterator[Pools]:
     """As cpu_ranks, rank i on GPU i % count; ranks that share a GPU run under an MPS daemon of the pool."""
     yield _gpu_pools
     _gpu_pools.end_test()
+
+
+@pytest.fixture
+def ranks_on(request: pytest.FixtureRequest) -> Callable[[str], Pools]:
+    """ranks_on(device) -> cpu_ranks of "cpu", gpu_ranks of "cuda"; the other one's processes are not started."""
+    return lambda device: request.getfixturevalue("gpu_ranks" if device == "cuda" else "cpu_ranks")

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from ..gemm_decode import config as decode
 
-DTYPES = ("bf16", "fp8")
 EPILOGUES = ("store", "swiglu", "swiglu_fp8")
 WIDE, TALL = (128, 256), (256, 192)  # (tile_m, tile_n)
 TILES = {"bf16": (WIDE, TALL), "fp8": (WIDE,)}  # sums and product of FP8 would not fit a tall tile's registers

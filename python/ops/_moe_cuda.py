@@ -116,15 +116,16 @@ def permute(
     stream = _stream(x)
     ids = (topk_idx.data_ptr(), topk_idx.itemsize, pairs, num_experts)
     ctas = cfg.sort_ctas(pairs)
-    counts = torch.empty((ctas, num_experts) if ctas > 1 else 0, dtype=torch.int32, device=x.device)
+    counts = None
     if ctas > 1:
+        counts = torch.empty((ctas, num_experts), dtype=torch.int32, device=x.device)
         moe.count_kernel(_ONE, stream).launch((ctas, 1, 1), stream, *ids, counts.data_ptr())
     moe.sort_kernel(_ONE, stream).launch(
         (ctas, 1, 1),
         stream,
         *ids,
         num_rows,
-        counts.data_ptr(),
+        0 if counts is None else counts.data_ptr(),
         ends.data_ptr(),
         pair_row.data_ptr(),
         smem_bytes=cfg.sort_smem_bytes(num_experts),

@@ -44,7 +44,7 @@ def bundle(bundles, config) -> Bundle:
 def test_every_dtype_has_every_epilogue():
     wide = {(c.dtype, c.epilogue) for c in CONFIGS if (c.tile_m, c.tile_n) == cfg.WIDE}
     tall = {(c.dtype, c.epilogue) for c in CONFIGS if (c.tile_m, c.tile_n) == cfg.TALL}
-    assert wide == {(dtype, epilogue) for dtype in cfg.DTYPES for epilogue in cfg.EPILOGUES}
+    assert wide == {(dtype, epilogue) for dtype in cfg.TILES for epilogue in cfg.EPILOGUES}
     assert tall == {("bf16", "store"), ("bf16", "swiglu")}
     assert len(CONFIGS) == len(set(CONFIGS))
 

@@ -5,6 +5,7 @@ The same functions run over gloo on CPU ranks and, marked gpu, over eight ranks 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import pytest
 from cutehop.compat.deep_ep import Config
 from tests import deep_ep_sizes, deep_ep_users
 from tests.deep_ep_calls import Case, Problem, interleaved, round_trips
-from tests.ranks import RankPool
+from tests.ranks import Pools, RankPool
 
 pytestmark = pytest.mark.dist
 
@@ -29,10 +30,9 @@ class World(NamedTuple):
 
 
 @pytest.fixture(params=[("cpu", 2), ("cpu", 4), pytest.param(("cuda", 8), marks=pytest.mark.gpu)], ids=str)
-def world(request: pytest.FixtureRequest) -> World:
+def world(request: pytest.FixtureRequest, ranks_on: Callable[[str], Pools]) -> World:
     device, ranks = request.param
-    pools = request.getfixturevalue("gpu_ranks" if device == "cuda" else "cpu_ranks")
-    return World(device, ranks, pools(ranks))
+    return World(device, ranks, ranks_on(device)(ranks))
 
 
 def test_v1s_24_cases(world):

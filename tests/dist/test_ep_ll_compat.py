@@ -5,6 +5,7 @@ The same functions run over gloo on CPU ranks and, marked gpu, over ranks on GPU
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from cutehop.compat.deep_ep import Buffer
 from cutehop.ref import ep
 from tests.ep_ll_cases import LlCase, LlInputs, everyone, same_bits
-from tests.ranks import RankPool
+from tests.ranks import Pools, RankPool
 
 pytestmark = pytest.mark.dist
 FORMATS = [  # keywords of low_latency_dispatch
@@ -29,9 +30,9 @@ GPU_WORLDS = [pytest.param(("cuda", ranks), marks=pytest.mark.gpu) for ranks in 
 
 
 @pytest.fixture(params=[("cpu", 2), ("cpu", 3), *GPU_WORLDS], ids=str)
-def world(request: pytest.FixtureRequest) -> tuple[str, RankPool]:
+def world(request: pytest.FixtureRequest, ranks_on: Callable[[str], Pools]) -> tuple[str, RankPool]:
     device, ranks = request.param
-    return device, request.getfixturevalue("gpu_ranks" if device == "cuda" else "cpu_ranks")(ranks)
+    return device, ranks_on(device)(ranks)
 
 
 def make(group: Any, device: str, **options: Any) -> Buffer:

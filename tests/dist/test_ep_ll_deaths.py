@@ -29,12 +29,6 @@ on_gpus = pytest.mark.gpu
 WORLDS = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture
-def pools(request):
-    """The pools for a device."""
-    return lambda device: request.getfixturevalue("gpu_ranks" if device == "cuda" else "cpu_ranks")
-
-
 def make_one_to_be_killed(group, rank, device, elastic):
     warm(group, CASE, device)
     buffer = make_buffer(group, CASE.config(elastic), device, timeout_s=60 if rank == AWAY else TIMEOUT_S)
@@ -61,8 +55,8 @@ def go_on_without_it(group, rank, device, elastic):
 
 @pytest.mark.parametrize("elastic", [True, False])
 @pytest.mark.parametrize("device", WORLDS)
-def test_a_rank_killed_between_calls(pools, device, elastic):
-    pool = pools(device)(CASE.ranks, fresh=True)
+def test_a_rank_killed_between_calls(ranks_on, device, elastic):
+    pool = ranks_on(device)(CASE.ranks, fresh=True)
     pool.run(make_one_to_be_killed, device, elastic)
     pool.kill(AWAY)
     pool.run(go_on_without_it, device, elastic)
@@ -96,8 +90,8 @@ SEVERAL_GPUS = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[on_gpus, SEVERAL_GPUS])])
-def test_a_rank_killed_while_it_waits(pools, device):
-    pool = pools(device)(CASE.ranks, fresh=True)
+def test_a_rank_killed_while_it_waits(ranks_on, device):
+    pool = ranks_on(device)(CASE.ranks, fresh=True)
     pool.run(make_one_to_be_killed, device, True)
     call = pool.start(wait_for_the_end)
     time.sleep(1)

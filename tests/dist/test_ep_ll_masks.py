@@ -43,12 +43,6 @@ pytestmark = pytest.mark.dist
 on_gpus = pytest.mark.gpu
 
 
-@pytest.fixture
-def pools(request):
-    """The pools for a device."""
-    return lambda device: request.getfixturevalue("gpu_ranks" if device == "cuda" else "cpu_ranks")
-
-
 POINTS = ("before", "sent", "received", "sent home")  # how far rank 1 comes with a dispatch and its combine
 
 
@@ -114,9 +108,9 @@ GPU_SIZES = [pytest.param(("cuda", ranks), marks=on_gpus) for ranks in (2, 8)]
 
 
 @pytest.mark.parametrize("world", [("cpu", 2), ("cpu", 3), *GPU_SIZES], ids=str)
-def test_a_rank_that_stops_and_comes_back(pools, world):
+def test_a_rank_that_stops_and_comes_back(ranks_on, world):
     device, ranks = world
-    pools(device)(ranks).run(stop_and_come_back, device, replace(CASE, ranks=ranks), timeout=200)
+    ranks_on(device)(ranks).run(stop_and_come_back, device, replace(CASE, ranks=ranks), timeout=200)
 
 
 def stop_without_masks(group, rank, device, case):
@@ -144,9 +138,9 @@ def stop_without_masks(group, rank, device, case):
 
 
 @pytest.mark.parametrize("world", [("cpu", 3), *GPU_SIZES], ids=str)
-def test_a_rank_that_stops_without_masks(pools, world):
+def test_a_rank_that_stops_without_masks(ranks_on, world):
     device, ranks = world
-    pools(device)(ranks).run(stop_without_masks, device, replace(CASE, ranks=ranks), timeout=200)
+    ranks_on(device)(ranks).run(stop_without_masks, device, replace(CASE, ranks=ranks), timeout=200)
 
 
 def mask_and_come_back(group, rank, device, case):
@@ -183,9 +177,9 @@ def mask_and_come_back(group, rank, device, case):
 
 
 @pytest.mark.parametrize("world", [("cpu", 2), ("cpu", 4), *GPU_SIZES], ids=str)
-def test_masks(pools, world):
+def test_masks(ranks_on, world):
     device, ranks = world
-    pools(device)(ranks).run(mask_and_come_back, device, LlCase(ranks=ranks))
+    ranks_on(device)(ranks).run(mask_and_come_back, device, LlCase(ranks=ranks))
 
 
 def one_is_late(group, rank, device, case):
@@ -207,9 +201,9 @@ def one_is_late(group, rank, device, case):
 
 
 @pytest.mark.parametrize("world", [("cpu", 3), *GPU_SIZES], ids=str)
-def test_a_late_rank_is_told(pools, world):
+def test_a_late_rank_is_told(ranks_on, world):
     device, ranks = world
-    pools(device)(ranks).run(one_is_late, device, replace(CASE, ranks=ranks))
+    ranks_on(device)(ranks).run(one_is_late, device, replace(CASE, ranks=ranks))
 
 
 def replay(group, rank, case):

@@ -6,6 +6,7 @@ The same functions run over gloo on CPU ranks and, marked gpu, over ranks on GPU
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from tests.ep_ll_cases import (
     send,
     send_home,
 )
-from tests.ranks import RankPool
+from tests.ranks import Pools, RankPool
 
 pytestmark = pytest.mark.dist
 LATE_S = 0.15
@@ -45,10 +46,9 @@ GPU_WORLDS = [pytest.param(("cuda", ranks), marks=pytest.mark.gpu) for ranks in 
 
 
 @pytest.fixture(params=[("cpu", 2), ("cpu", 3), ("cpu", 4), *GPU_WORLDS], ids=str)
-def world(request: pytest.FixtureRequest) -> World:
+def world(request: pytest.FixtureRequest, ranks_on: Callable[[str], Pools]) -> World:
     device, ranks = request.param
-    pools = request.getfixturevalue("gpu_ranks" if device == "cuda" else "cpu_ranks")
-    return World(device, ranks, pools(ranks))
+    return World(device, ranks, ranks_on(device)(ranks))
 
 
 def run_cases(group, rank, device, cases):

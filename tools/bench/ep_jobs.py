@@ -105,12 +105,7 @@ class Work:
     def _copies(self) -> list[Job]:
         """One local copy, on all ranks at once, of what a call with rows from elsewhere copies."""
         i, e = self.inputs, self.expected
-        rows = {"dispatch-bf16": i.x, "dispatch-fp8": i.q, "combine": e.x}
-        return [self._copy(name, source) for name, source in rows.items()]
-
-    def _copy(self, name: str, source: Tensor) -> Job:
-        target, moved = torch.empty_like(source), Moved(source.nbytes, 2 * source.nbytes, source.nbytes, 0)
-        return Job(f"{COPY}{name}", None, "graph", lambda: (target.copy_(source),), {"rows": source}, moved=moved)
+        return [_copy(name, rows) for name, rows in (("dispatch-bf16", i.x), ("dispatch-fp8", i.q), ("combine", e.x))]
 
     def _fill_input(self, rows: Tensor) -> Callable[[], None]:
         def fill() -> None:
@@ -211,6 +206,11 @@ class Work:
                 "combine-weights", sms, "graph", weighted, with_weights, moved=moves(i.topk_idx.shape[1]), prepare=fill
             ),
         ]
+
+
+def _copy(name: str, rows: Tensor) -> Job:
+    moved = Moved(rows.nbytes, 2 * rows.nbytes, rows.nbytes, 0)
+    return Job(f"{COPY}{name}", None, "graph", lambda: (rows.clone(),), {"rows": rows}, moved=moved)
 
 
 def _row_bytes(rows: Tensor, scales: Tensor | None) -> int:

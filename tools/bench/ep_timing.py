@@ -115,8 +115,8 @@ class HostLane:
         return self._result
 
     def time(self, batches: int) -> float:
-        """Of one batch behind another one, for a host that comes from a barrier is slow. So few calls do not fill the
-        GPU's launch queue, which would block the host."""
+        """Of one batch, behind another one that warms the host up. So few calls do not fill the GPU's launch queue,
+        which would block the host."""
         self._result = ()
         for _ in range(2):
             start = time.perf_counter()
