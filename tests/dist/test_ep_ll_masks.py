@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cutehop.comm.ll_config import SLOTS
 from tests.ep_ll_cases import (
     LlCase,
     LlInputs,
@@ -19,6 +20,7 @@ from tests.ep_ll_cases import (
     check_received,
     everyone,
     make_buffer,
+    receive,
     receive_home,
     receive_options,
     same_bits,
@@ -204,6 +206,52 @@ def one_is_late(group, rank, device, case):
 def test_a_late_rank_is_told(ranks_on, world):
     device, ranks = world
     ranks_on(device)(ranks).run(one_is_late, device, replace(CASE, ranks=ranks))
+
+
+LATE = 2
+LATE_S = 0.3
+
+
+def wait_in_vain(group, rank, device, case):
+    """The others have masked rank 1. Rank 2 has not, comes late to a combine and waits for an ack of rank 1 in its
+    send, while the others leave it out. When it gives rank 1 up, the rows that it had for them land nowhere: their next
+    combine in that slot is under way."""
+    warm(group, case, device)
+    apart = tuple((a, b) for a in range(case.ranks) for b in range(case.ranks) if a != b and {a, b} & {AWAY, LATE})
+    inputs, after = LlInputs(case), LlInputs(replace(case, masked=apart, seed=8))
+    buffer = make_buffer(group, case.config(elastic=True), device, timeout_s=TIMEOUT_S)
+    check_case(buffer, inputs)
+    first = send(buffer, inputs)
+    if rank != AWAY:
+        receive(buffer, inputs, first)
+    for _ in range(SLOTS - 1):
+        got = dispatch(buffer, inputs)
+    everyone(group)
+    if rank == AWAY:
+        everyone(group)
+        buffer.dispatch_receive(first, **receive_options(case))  # of whom, depends on when it was told
+    else:
+        if rank == LATE:
+            time.sleep(LATE_S)
+        else:
+            buffer.update_mask(AWAY, True)
+        assert same_bits(combine(buffer, inputs, got.handle), inputs.combined(masked=apart)[rank])
+        if rank != LATE:
+            for _ in range(SLOTS - 1):
+                got = receive(buffer, after, send(buffer, after))
+            epoch = send_home(buffer, after, got.handle)
+            time.sleep(2 * LATE_S)
+            receive_home(buffer, after, epoch)
+        assert mask_of(buffer) == [int((rank, peer) in apart) for peer in range(case.ranks)]
+        everyone(group)
+    come_back(group, buffer, inputs)
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("world", [("cpu", 4), pytest.param(("cuda", 8), marks=on_gpus)], ids=str)
+def test_a_rank_that_is_left_out_in_its_send(ranks_on, world):
+    device, ranks = world
+    ranks_on(device)(ranks).run(wait_in_vain, device, replace(CASE, ranks=ranks))
 
 
 def replay(group, rank, case):
