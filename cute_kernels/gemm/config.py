@@ -1,20 +1,21 @@
 """Shapes, budgets and host-side choices of the grouped GEMM: plain Python, importable without the DSL."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..gemm_decode import config as decode
 
 EPILOGUES = ("store", "swiglu", "swiglu_fp8")
-WIDE, TALL = (128, 256), (256, 192)  # (tile_m, tile_n)
-TILES = {"bf16": (WIDE, TALL), "fp8": (WIDE,)}  # sums and product of FP8 would not fit a tall tile's registers
+WIDE, TALL, MIDDLE = (128, 256), (256, 128), (192, 128)  # (tile_m, tile_n)
+TILES = {"bf16": (WIDE, TALL), "fp8": (WIDE, MIDDLE)}
+MIDDLE_ROWS = {"bf16": (112, 256), "fp8": (112, 176)}  # mean rows per expert, from and to, for which not the wide tile
 UNIT = 64  # rows of one wgmma, of one TMA box of activations, and that a tile may have fewer than others
 GROUP = 128  # columns that share a scale, of activations and of weights
 BLOCK_BYTES = 128  # of K in one pipeline stage: the width of the swizzle; one scale block of FP8
-STAGES = 4
+RING_BYTES = 208 * 1024  # shared memory for the stages
+ORDERS = 8  # tile numbers on their way from the loader to the math, more than stages
 RASTER_ROWS = 2048  # that the walk of an expert's tiles keeps together, see tiles.Tile
 MAX_EXPERTS = 1024
-TALL_EXPERTS = 240  # whose tables fit beside the stages of the tall tile
-TALL_MEAN_ROWS = 384  # mean rows per expert from which on bf16 takes the tall tile; where the two cross is not measured
 FP8_MAX = 448.0
 FP8_MIN_AMAX = 1e-4  # as cutehop.ref.quant: an all-zero group has a scale that is not 0
 
@@ -23,8 +24,8 @@ FP8_MIN_AMAX = 1e-4  # as cutehop.ref.quant: an all-zero group has a scale that 
 class GemmConfig:
     """One compiled kernel. dtype: "bf16" | "fp8"; epilogue: "store" | "swiglu" | "swiglu_fp8".
 
-    tile_m: rows of a CTA's tile, half of them each math warpgroup's. tile_n: its weight rows; with SwiGLU half are of
-    gate, half the same of up. Together one of TILES.
+    tile_m: rows of a CTA's tile, the same part of them each math warpgroup's. tile_n: its weight rows; with SwiGLU half
+    are of gate, half the same of up. Together one of TILES.
     """
 
     dtype: str
@@ -62,40 +63,59 @@ class GemmConfig:
         return self.epilogue != "swiglu_fp8" or self.tile_out == GROUP
 
     @property
+    def stages(self) -> int:
+        return RING_BYTES // ((self.tile_m + self.tile_n) * BLOCK_BYTES)
+
+    @property
+    def math_wgs(self) -> int:
+        """Warpgroups that multiply."""
+        return 3 if self.tile_m == 192 else 2
+
+    @property
     def wg_rows(self) -> int:
         """Rows of the tile that are one math warpgroup's."""
-        return self.tile_m // 2
+        return self.tile_m // self.math_wgs
+
+    @property
+    def mma_n(self) -> int:
+        """Weight rows of one wgmma: all of the tile, or with FP8 128."""
+        return GROUP if self.dtype == "fp8" else self.tile_n
 
     @property
     def raster_tiles(self) -> int:
         """Row tiles that the walk keeps together."""
         return RASTER_ROWS // self.tile_m
 
-    @property
-    def max_experts(self) -> int:
-        return MAX_EXPERTS if (self.tile_m, self.tile_n) == WIDE else TALL_EXPERTS
-
     def column_tiles(self, columns: int) -> int:
         """Tiles of an output row."""
         return -(-columns // self.tile_out)
 
 
+@lru_cache(4096)
 def choose(
-    dtype: str, epilogue: str, experts: int, limit: int, masked: bool, expected_rows: int = 0
+    dtype: str,
+    epilogue: str,
+    experts: int,
+    limit: int,
+    masked: bool,
+    expected_rows: int,
+    weight_rows: int,
+    num_sms: int,
 ) -> GemmConfig | decode.GemmDecodeConfig:
     """The kernel of a call, from shapes and the caller's hint alone.
 
     limit: rows of all experts together, or if masked of each. expected_rows: mean rows per expert; 0: as many as fit.
-    Few rows leave the weights' bytes as the bound, and a tile of 128 rows mostly empty: another kernel. Many make the
-    loads of a tile the bound of bf16, of which a tall one has fewer.
+    Few rows of few experts would leave most SMs without a tile: another kernel shares the weights' bytes out equally.
+    Where a wide tile is too low for most experts and two are mostly empty, there is one of half the columns.
     """
     mean = expected_rows or (limit if masked else -(-limit // experts))
-    if mean <= decode.MAX_MEAN_ROWS and experts <= decode.MAX_EXPERTS:
-        return decode.choose(dtype, epilogue, mean, limit)
-    tall = GemmConfig(dtype, epilogue, *TALL)
-    if TALL in TILES[dtype] and tall.possible and mean >= TALL_MEAN_ROWS and experts <= TALL_EXPERTS:
-        return tall
-    return GemmConfig(dtype, epilogue)
+    few = decode.choose(dtype, epilogue, mean, limit)
+    tiles = experts * few.column_tiles(weight_rows)
+    if few.fits(mean, limit) and 2 * tiles <= num_sms:
+        return few
+    config = GemmConfig(dtype, epilogue, *TILES[dtype][1])
+    low, high = MIDDLE_ROWS[dtype]
+    return config if config.possible and low <= mean <= high else GemmConfig(dtype, epilogue)
 
 
 def num_ctas(experts: int, rows: int, columns: int, config: GemmConfig, num_sms: int) -> int:

@@ -53,12 +53,13 @@ from cutlass.utils import LayoutEnum
 from ..jit import Program
 from ..sm90.args import fake_args, param_kinds
 from ..sm90.experts import Tables, fill_tables
-from .config import BLOCK_BYTES, STAGES, TILES, UNIT, GemmConfig
-from .cta import MATH_WARPS, WG, Shared, next_stage
+from ..sm90.gmem import store_i32
+from .config import BLOCK_BYTES, MAX_EXPERTS, ORDERS, TILES, UNIT, GemmConfig
+from .cta import WG, Shared, next_stage, put_order
 from .math import Math
 from .tiles import GemmArgs, Place, get_tile, num_tiles
 
-THREADS = 3 * WG
+REGISTERS = {2: (232, 40), 3: (160, 32)}  # of math and loader threads, by math warpgroups
 EVICT_NORMAL = 0x1000000000000000  # L2 policy of CUTLASS
 
 
@@ -68,19 +69,22 @@ class GroupedGemm(Math):
         self.fp8 = config.dtype == "fp8"
         self.dtype = Float8E4M3FN if self.fp8 else BFloat16
         self.block_k = config.block_k
-        tile_m, tile_n, experts = config.tile_m, config.tile_n, config.max_experts
+        self.threads = (config.math_wgs + 1) * WG
+        tile_m, tile_n, stages = config.tile_m, config.tile_n, config.stages
         assert (tile_m, tile_n) in TILES[config.dtype]
         assert config.possible
 
         @cute.struct
         class Smem:
-            full: cute.struct.MemRange[Int64, STAGES]
-            empty: cute.struct.MemRange[Int64, STAGES]
-            first: cute.struct.MemRange[Int32, experts]
-            stop: cute.struct.MemRange[Int32, experts]
-            tiles: cute.struct.MemRange[Int32, experts]
-            a: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * tile_m * self.block_k], 1024]
-            b: cute.struct.Align[cute.struct.MemRange[self.dtype, STAGES * tile_n * self.block_k], 1024]
+            full: cute.struct.MemRange[Int64, stages]
+            empty: cute.struct.MemRange[Int64, stages]
+            ordered: cute.struct.MemRange[Int64, ORDERS]
+            order: cute.struct.MemRange[Int32, ORDERS]
+            first: cute.struct.MemRange[Int32, MAX_EXPERTS]
+            stop: cute.struct.MemRange[Int32, MAX_EXPERTS]
+            tiles: cute.struct.MemRange[Int32, MAX_EXPERTS]
+            a: cute.struct.Align[cute.struct.MemRange[self.dtype, stages * tile_m * self.block_k], 1024]
+            b: cute.struct.Align[cute.struct.MemRange[self.dtype, stages * tile_n * self.block_k], 1024]
 
         self.Smem = Smem
 
@@ -92,7 +96,7 @@ class GroupedGemm(Math):
         fake = create_tensor_map_tiled(Int64(16), BFloat16, [64, 64], [72], [64, 64])
         self.kernel(fake, fake, args).launch(
             grid=(1, 1, 1),
-            block=(THREADS, 1, 1),
+            block=(self.threads, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
             use_pdl=True,
@@ -103,7 +107,7 @@ class GroupedGemm(Math):
         """64 rows times as many weight rows as one instruction takes: all, or with FP8 those of one scale."""
         return hh.make_trivial_tiled_mma(
             self.dtype, self.dtype, OperandMajorMode.K, OperandMajorMode.K, Float32,
-            atom_layout_mnk=(1, 1, 1), tiler_mn=(UNIT, self.config.tile_n // (2 if self.fp8 else 1)),
+            atom_layout_mnk=(1, 1, 1), tiler_mn=(UNIT, self.config.mma_n),
         )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------------- device
@@ -119,17 +123,20 @@ class GroupedGemm(Math):
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        math_wgs, stages = self.config.math_wgs, self.config.stages
         sm = SmemAllocator().allocate(self.Smem)
         if tid == 0:
-            for i in cutlass.range_constexpr(STAGES):
+            for i in cutlass.range_constexpr(stages):
                 cute.arch.mbarrier_init(sm.full.data_ptr() + i, 1)
-                cute.arch.mbarrier_init(sm.empty.data_ptr() + i, MATH_WARPS)
+                cute.arch.mbarrier_init(sm.empty.data_ptr() + i, 4 * math_wgs)
+            for i in cutlass.range_constexpr(ORDERS):
+                cute.arch.mbarrier_init(sm.ordered.data_ptr() + i, 1)
         cute.arch.mbarrier_init_fence()
         kind = hh.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, self.block_k)
         atom = warpgroup.make_smem_layout_atom(kind, self.dtype)
-        a_stages = cute.tile_to_shape(atom, (self.config.tile_m, self.block_k, STAGES), order=(0, 1, 2))
-        b_stages = cute.tile_to_shape(atom, (self.config.tile_n, self.block_k, STAGES), order=(0, 1, 2))
-        table = cute.make_layout(self.config.max_experts)
+        a_stages = cute.tile_to_shape(atom, (self.config.tile_m, self.block_k, stages), order=(0, 1, 2))
+        b_stages = cute.tile_to_shape(atom, (self.config.tile_n, self.block_k, stages), order=(0, 1, 2))
+        table = cute.make_layout(MAX_EXPERTS)
         shared = Shared(
             a=sm.a.data_ptr(),
             b=sm.b.data_ptr(),
@@ -137,6 +144,8 @@ class GroupedGemm(Math):
             sB=sm.b.get_tensor(b_stages.outer, swizzle=b_stages.inner),
             tables=Tables(sm.first.get_tensor(table), sm.stop.get_tensor(table), sm.tiles.get_tensor(table)),
             full=sm.full.data_ptr(),
+            order=sm.order.get_tensor(cute.make_layout(ORDERS)),
+            ordered=sm.ordered.data_ptr(),
             empty=sm.empty.data_ptr(),
         )
         cute.arch.griddepcontrol_wait()
@@ -146,27 +155,33 @@ class GroupedGemm(Math):
             fill_tables(args, shared.tables, self.config.tile_m, lane)
         cute.arch.sync_threads()
 
-        wg = warp_id // 4  # 2 is the loader's
+        wg = warp_id // 4  # the last one is the loader's
+        math_registers, loader_registers = REGISTERS[math_wgs]
         place = Place(cta, ctas, lane, wg, wg * self.config.wg_rows + (warp_id % 4) * 16 + lane // 4)
-        if wg == 2:
-            cute.arch.setmaxregister_decrease(40)
-            if warp_id == 8:
+        if wg == math_wgs:
+            cute.arch.setmaxregister_decrease(loader_registers)
+            if warp_id == 4 * math_wgs:
                 self.load(a_map, b_map, args, shared, place)
         else:
-            cute.arch.setmaxregister_increase(232)
+            cute.arch.setmaxregister_increase(math_registers)
             if cta < num_tiles(args, shared.tables):
                 self.math(args, self.make_mma(), shared, place)
 
     @cute.jit
     def load(self, a_map, b_map, a: GemmArgs, s: Shared, c: Place):
-        """All K blocks of all tiles, as soon as the math frees their place."""
-        tile_m, tile_n, box_n = self.config.tile_m, self.config.tile_n, self.config.box_n
-        stage, phase, index = Int32(0), Int32(1), c.cta
+        """All K blocks of all tiles, as soon as the math frees their place. A CTA asks for a tile when it is about done
+        with the one before, so that those under way at a time follow each other: they share what they load in L2."""
+        tile_m, tile_n, box_n, stages = self.config.tile_m, self.config.tile_n, self.config.box_n, self.config.stages
+        stage, phase, index, number = Int32(0), Int32(1), c.cta, Int32(0)
         total = num_tiles(a, s.tables)
+        ask = a.k_blocks - stages if a.k_blocks > stages else Int32(0)
         while index < total:
             tile = get_tile(a, s.tables, self.config.raster_tiles, index, c.lane)
+            taken = Int32(0)
             stage_bytes = ((tile.live + (UNIT - 1)) // UNIT * UNIT + tile_n) * BLOCK_BYTES
             for block in cutlass.range(a.k_blocks, unroll=1):
+                if (block == ask) & (c.lane == 0):
+                    taken = cute.arch.atomic_add(a.taken, Int32(1), sem="relaxed", scope="gpu")
                 k = block * self.block_k
                 full = s.full + stage
                 cute.arch.mbarrier_wait(s.empty + stage, phase)
@@ -180,8 +195,13 @@ class GroupedGemm(Math):
                         to = s.b + (stage * tile_n + i * box_n) * self.block_k
                         row = tile.column * box_n + i * a.columns  # with two boxes: gate, and up `columns` further
                         copy_box(to, b_map, [k, row, tile.expert], full)
-                stage, phase = next_stage(stage, phase)
-            index += c.ctas
+                stage, phase = next_stage(self.config.stages, stage, phase)
+            index = c.ctas + cute.arch.shuffle_sync(taken, 0)
+            if c.lane == 0:
+                put_order(s, number, index)
+                if taken == total - 1:  # every CTA asks once in vain: nobody will any more
+                    store_i32(a.taken, 0, Int32(0))
+            number += 1
 
 
 def copy_box(to, tensor_map, coordinates, full):
@@ -198,7 +218,7 @@ def program(config: GemmConfig) -> Program:
     return Program(
         host=kernel,
         args=(fake_args(GemmArgs), cuda.CUstream(0)),
-        threads=THREADS,
+        threads=kernel.threads,
         smem_bytes=kernel.Smem.size_in_bytes(),
         params=("map", "map", *param_kinds(GemmArgs)),
         pdl=True,

@@ -19,6 +19,7 @@ class GemmArgs:
     b_scales: cute.Pointer  # float32 (E, ceil(weight rows / 128), k_blocks), FP8 only
     out: cute.Pointer  # bfloat16 or e4m3 (rows, columns)
     out_scales: cute.Pointer  # float32 (rows, columns / 128), swiglu_fp8 only
+    taken: cute.Pointer  # int32, 0 between launches: how often CTAs have asked for another tile
     a_scale_block: Int64  # strides of a_scales in elements; this one is 0 if the experts' rows follow each other
     a_scale_row: Int64
     a_scale_k: Int64
@@ -44,7 +45,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Tile:
-    """One output tile. Concurrent CTAs have consecutive tiles: config.raster_tiles row tiles times all column tiles,
+    """One output tile. CTAs take them by number: config.raster_tiles row tiles times all column tiles,
     row tiles first, so that what they load at a time comes from DRAM once. An expert's row tiles share its rows as
     equally as units of UNIT rows allow: all of a short tile's weights would be loaded for few products."""
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 DTYPES = ("bf16", "fp8")
 EPILOGUES = ("store", "swiglu", "swiglu_fp8")
-TILES_N = (16, 32, 64, 128)  # rows of activations that a tile takes: the N of one wgmma
+TILES_N = (16, 32, 64)  # rows of activations that a tile takes: the N of one wgmma
 WG_ROWS = 64  # weight rows of one wgmma
 HALF_ROWS = 128  # weight rows of one TMA box, 64 for each math warpgroup, which share an FP8 scale
 TILE_W = 2 * HALF_ROWS  # weight rows of a tile; with SwiGLU 128 of gate and the same 128 of up
@@ -13,7 +13,6 @@ BOX_N = 8  # rows of activations of one TMA box: the swizzle's period, so that b
 BLOCK_BYTES = 128  # of K in one pipeline stage: the width of the swizzle; one scale block of FP8
 RING_BYTES = 225 * 1024  # shared memory for the stages
 MAX_EXPERTS = 512
-MAX_MEAN_ROWS = 64  # above it the other kernel (cute_kernels/gemm) is taken; where the two cross is not measured
 FP8_MAX = 448.0
 FP8_MIN_AMAX = 1e-4  # as cutehop.ref.quant: an all-zero group has a scale that is not 0
 
@@ -54,19 +53,33 @@ class GemmDecodeConfig:
     def stages(self) -> int:
         return RING_BYTES // self.stage_bytes
 
+    def column_tiles(self, weight_rows: int) -> int:
+        """Tiles of `weight_rows` weight rows of an expert."""
+        return -(-weight_rows // TILE_W)
+
+    def fits(self, mean: float, limit: int) -> bool:
+        """Whether an expert's rows are one tile."""
+        return most_rows(mean, limit) <= self.tile_n
+
     @property
     def partial_bytes(self) -> int:
         """One unfinished tile in fp32."""
         return TILE_W * self.tile_n * 4
 
 
-def choose(dtype: str, epilogue: str, expected_rows: float, limit: int) -> GemmDecodeConfig:
-    """The kernel for a mean of `expected_rows` rows per expert, of which none has more than `limit`.
+def most_rows(mean: float, limit: int) -> float:
+    """What next to no expert has more of: three standard deviations above the mean of random routing. None has more
+    than `limit`."""
+    return min(mean + 3 * mean**0.5, limit)
 
-    An expert with more rows than a tile has its weights read once per tile, so the tile is chosen three standard
-    deviations above the mean of random routing. A wide tile costs little: a shorter ring, no memory traffic.
+
+def choose(dtype: str, epilogue: str, mean: float, limit: int) -> GemmDecodeConfig:
+    """The kernel for a mean of `mean` rows per expert.
+
+    An expert with more rows than a tile has its weights read once per tile. A wide tile costs little: a shorter ring,
+    no memory traffic.
     """
-    rows = min(expected_rows + 3 * expected_rows**0.5, limit)
+    rows = most_rows(mean, limit)
     return GemmDecodeConfig(dtype, epilogue, next((n for n in TILES_N if n >= rows), TILES_N[-1]))
 
 

@@ -18,8 +18,11 @@ from cutehop.cute_kernels.gemm import config as cfg
 from cutehop.cute_kernels.jit import Kernel, TensorMap
 from cutehop.ops import _gemm_decode_cuda as decode
 from cutehop.ops._mla_checks import sms_of
+from cutehop.ops._scratch import prepare_captures, scratch_of
 
 _MAX_CALLS = 4096  # remembered at a time
+_MAX_TILES = 2**31 - 1024  # the numbers that CTAs ask for in vain still are int32
+_SCRATCH = (0, 1, 0)  # one counter
 
 
 class _Call(NamedTuple):
@@ -85,7 +88,7 @@ def _run(
             return _run(op, a, b, rows, a_scales, b_scales, epilogue, expected_rows, out, out_scales)
     masked = a.dim() == 3
     dtype = "bf16" if a.dtype == torch.bfloat16 else "fp8"
-    config = cfg.choose(dtype, epilogue, b.shape[0], a.shape[-2], masked, expected_rows)
+    config = cfg.choose(dtype, epilogue, b.shape[0], a.shape[-2], masked, expected_rows, b.shape[1], sms_of(a.device))
     if not isinstance(config, cfg.GemmConfig):
         if out.numel():
             decode.run(a, b, rows, a_scales, b_scales, epilogue, out, out_scales, masked, config)
@@ -117,6 +120,7 @@ def _run(
         0 if b_scales is None else b_scales.data_ptr(),
         out_ptr,
         out_scales.data_ptr(),
+        scratch_of(device, stream, _SCRATCH)[2],
         *call.sizes,
     )
     return None
@@ -127,14 +131,14 @@ def _prepare(
 ) -> _Call:
     experts, weight_rows, k = b.shape
     check(
-        experts <= config.max_experts,
-        f"{op}: {experts} experts, supported 1..{config.max_experts}; spread them over ranks or calls",
+        experts <= cfg.MAX_EXPERTS,
+        f"{op}: {experts} experts, supported 1..{cfg.MAX_EXPERTS}; spread them over ranks or calls",
     )
     columns = weight_rows // 2 if config.paired else weight_rows
     blocks, limit = a.shape[:-1] if a.dim() == 3 else (1, a.shape[0])
     column_tiles = config.column_tiles(columns)
     tiles = (-(-limit // config.tile_m) * blocks + experts) * column_tiles
-    check(tiles < 1 << 31, f"{op}: {tiles} tiles of {config.tile_m} rows, limit 2^31 - 1; pass fewer rows")
+    check(tiles <= _MAX_TILES, f"{op}: {tiles} tiles of {config.tile_m} rows, limit {_MAX_TILES}; pass fewer rows")
     *a_block, a_row, a_k = scale_strides or (0, 0, 0)
     sizes = (
         a_block[0] if a.dim() == 3 and a_block else 0,
@@ -148,6 +152,7 @@ def _prepare(
         -(-k // config.block_k),
         -(-weight_rows // cfg.GROUP),
     )
+    prepare_captures(a.get_device())
     ctas = cfg.num_ctas(experts, limit * blocks, columns, config, sms_of(a.device))
     return _Call(
         kernel=gemm.gemm_kernel(config, stream),

@@ -19,7 +19,7 @@ from cutehop.cute_kernels.gemm_decode import config as cfg
 from cutehop.cute_kernels.jit import Kernel, TensorMap, tensor_map
 from cutehop.cute_kernels.mla.config import HEAD_DIM_V, TILE_M
 from cutehop.ops._mla_checks import sms_of
-from cutehop.ops._mla_scratch import Need, prepare_captures, scratch_of
+from cutehop.ops._scratch import Need, prepare_captures, scratch_of
 
 _MAX_CALLS = 4096  # remembered at a time
 _SCRATCH_TILE_BYTES = TILE_M * HEAD_DIM_V * 4  # the unit in which scratch memory is asked for

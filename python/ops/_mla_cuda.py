@@ -17,7 +17,7 @@ from cutehop.cute_kernels import mla
 from cutehop.cute_kernels.jit import Kernel, TensorMap, tensor_map
 from cutehop.cute_kernels.mla import config as cfg
 from cutehop.ops._mla_checks import check_address, check_decode, check_outputs, sms_of
-from cutehop.ops._mla_scratch import Need, prepare_captures, scratch_of
+from cutehop.ops._scratch import Need, prepare_captures, scratch_of
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _LOG2E = math.log2(math.e)

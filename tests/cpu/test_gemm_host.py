@@ -19,7 +19,7 @@ from cutehop.cute_kernels.jit import tensormap
 from cutehop.ops import _gemm_cuda, _gemm_decode_cuda, moe  # noqa: F401
 from tests.gemm_cases import Case, Inputs, build, failures
 
-POINTERS = ("rows", "a_scales", "b_scales", "out", "out_scales")
+POINTERS = ("rows", "a_scales", "b_scales", "out", "out_scales", "taken")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def recorded(monkeypatch):
         return Map(ptr, dims, tuple(stride // size for stride in strides_bytes), box)
 
     monkeypatch.setattr(_gemm_decode_cuda, "tensor_map", record)
+    monkeypatch.setattr(_gemm_cuda, "prepare_captures", lambda device: None)
     monkeypatch.setattr(gemm, "gemm_kernel", lambda config, stream: config)
 
 
@@ -119,18 +120,21 @@ def execute(x: Inputs, config: cfg.GemmConfig) -> tuple[Tensor, Tensor]:
 
 
 def scales_of(x: Inputs, p, config, expert, block, row, live, column, kb) -> Tensor:
-    """Factors of a tile's product, as math.Math.scale_places finds them."""
+    """Factors of a tile's product, as math.Math.scale_addresses finds them."""
     rows = torch.arange(-(-live // cfg.UNIT) * cfg.UNIT)
     rows = torch.where(rows < live, rows, 0) + row
     flat = x.a_scales.as_strided((x.a_scales.untyped_storage().nbytes() // 4,), (1,), 0)
     mine = flat[block * p.a_scale_block + rows * p.a_scale_row + kb * p.a_scale_k]
-    left = column if config.paired else 2 * column
-    right = left + (p.b_scale_rows // 2 if config.paired else 1)
-    right = right if right < p.b_scale_rows else left
-    weights = x.b_scales.view(-1)[[(expert * p.b_scale_rows + half) * p.k_blocks + kb for half in (left, right)]]
-    return mine[:, None] * weights.repeat_interleave(cfg.GROUP)[None]
+    columns = [column * config.tile_out // cfg.GROUP]
+    if config.paired:
+        columns.append(columns[0] + p.b_scale_rows // 2)
+    elif config.tile_n > cfg.GROUP:
+        columns.append(min(columns[0] + 1, p.b_scale_rows - 1))
+    weights = x.b_scales.view(-1)[[(expert * p.b_scale_rows + side) * p.k_blocks + kb for side in columns]]
+    return mine[:, None] * weights.repeat_interleave(config.tile_n // len(columns))[None]
 
 
+TILES = sorted({tile for tiles in cfg.TILES.values() for tile in tiles})
 CASES = [
     Case((70, 0, 130, 300), 264, 72),
     Case((70, 0, 130, 300), 264, 72, block_rows=310),
@@ -175,20 +179,20 @@ def test_ends_that_make_no_sense(rows):
         assert not failures(x, *execute(x, config))
 
 
-@pytest.mark.parametrize("tile", cfg.TILES["bf16"])
+@pytest.mark.parametrize("tile", TILES)
 def test_a_walk_keeps_what_runs_at_a_time_together(tile):
     """132 consecutive tiles of one large expert need few distinct row and column tiles."""
     config = cfg.GemmConfig("bf16", "store", *tile)
     p = SimpleNamespace(limit=1 << 20, block_rows=0, column_tiles=28)
-    tiles = list(walk(p, [128 * 256], config))
-    assert len(tiles) == len(set(tiles)) == 128 * 256 // config.tile_m * 28
+    tiles = list(walk(p, [config.tile_m * 128], config))
+    assert len(tiles) == len(set(tiles)) == 128 * 28
     for start in range(0, len(tiles) - 132, 131):
         window = tiles[start : start + 132]
         assert len({row for _, _, row, _, _ in window}) <= 2 * config.raster_tiles
         assert len({(row, column) for _, _, row, _, column in window}) == 132
 
 
-@pytest.mark.parametrize("tile", cfg.TILES["bf16"])
+@pytest.mark.parametrize("tile", TILES)
 def test_an_experts_tiles_share_its_rows(tile):
     """In whole units, none empty, none over the tile, all but the last full, and as equal as that allows."""
     config = cfg.GemmConfig("bf16", "store", *tile)
@@ -207,7 +211,7 @@ def test_no_more_ctas_than_tiles_or_sms():
     assert cfg.num_ctas(32, 32768, 4096, store, 132) == 132
     assert cfg.num_ctas(1, 1, 256, store, 132) == 2
     assert cfg.num_ctas(1, 1, 256, cfg.GemmConfig("bf16", "swiglu"), 132) == 4
-    assert cfg.num_ctas(1, 300, 256, cfg.GemmConfig("bf16", "store", 256, 192), 132) == 6
+    assert cfg.num_ctas(1, 300, 256, cfg.GemmConfig("bf16", "store", *cfg.TALL), 132) == 6
 
 
 def test_addresses_and_sizes_that_do_not_fit_are_refused():
@@ -216,38 +220,35 @@ def test_addresses_and_sizes_that_do_not_fit_are_refused():
         _gemm_cuda._prepare("grouped_gemm", cfg.GemmConfig("bf16", "store"), b[0], b, None, 0)
 
 
+V3 = {"store": 7168, "swiglu": 4096, "swiglu_fp8": 4096}  # weight rows of DeepSeek-V3's experts
+
+
 @pytest.mark.parametrize(
-    ("experts", "limit", "masked", "expected_rows", "few"),
+    ("experts", "limit", "masked", "expected_rows", "weight_rows", "few"),
     [
-        (32, 32768, False, 0, False),
-        (32, 4096, False, 0, False),
-        (32, 1024, False, 0, True),
-        (32, 32768, False, 16, True),  # the hint wins: most rows of a static capacity are unused
-        (32, 512, True, 0, False),
-        (32, 512, True, 8, True),
-        (32, 32, True, 0, True),
-        (cfg.MAX_EXPERTS, 1024, False, 0, False),  # more than the other kernel takes
+        (1, 1, False, 0, 4096, True),
+        (1, 64, False, 0, 7168, True),
+        (1, 65, False, 0, 7168, False),  # more than a tile of the other kernel
+        (4, 512, False, 0, 4096, False),
+        (4, 512, False, 8, 4096, True),  # the hint wins: most rows of a static capacity are unused
+        (4, 512, True, 8, 4096, True),
+        (4, 512, True, 64, 4096, False),  # 64 in the mean are more in some
+        (4, 512, True, 8, 7168, False),  # tiles enough for every SM
+        (32, 512, True, 1, 4096, False),
+        (cfg.MAX_EXPERTS, 1024, False, 0, 256, False),
     ],
 )
-def test_few_rows_per_expert_take_the_other_kernel(experts, limit, masked, expected_rows, few):
-    config = cfg.choose("fp8", "swiglu", experts, limit, masked, expected_rows)
+def test_few_rows_of_few_experts_take_the_other_kernel(experts, limit, masked, expected_rows, weight_rows, few):
+    config = cfg.choose("fp8", "swiglu", experts, limit, masked, expected_rows, weight_rows, 132)
     assert isinstance(config, cfg.GemmConfig) is not few
     assert (config.dtype, config.epilogue) == ("fp8", "swiglu")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "epilogue", "experts", "mean", "tall"),
-    [
-        ("bf16", "store", 32, cfg.TALL_MEAN_ROWS, True),
-        ("bf16", "swiglu", 32, cfg.TALL_MEAN_ROWS, True),
-        ("bf16", "store", 32, cfg.TALL_MEAN_ROWS - 1, False),
-        ("bf16", "swiglu_fp8", 32, cfg.TALL_MEAN_ROWS, False),  # 96 columns are no group
-        ("fp8", "store", 32, cfg.TALL_MEAN_ROWS, False),
-        ("bf16", "store", cfg.TALL_EXPERTS, cfg.TALL_MEAN_ROWS, True),
-        ("bf16", "store", cfg.TALL_EXPERTS + 1, cfg.TALL_MEAN_ROWS, False),
-    ],
-)
-def test_bf16_with_many_rows_takes_the_tall_tile(dtype, epilogue, experts, mean, tall):
-    config = cfg.choose(dtype, epilogue, experts, 1 << 20, False, mean)
-    assert config == cfg.GemmConfig(dtype, epilogue, *((256, 192) if tall else (128, 256)))
-    assert config in [variant for _, variant in gemm.variants()]
+@pytest.mark.parametrize("dtype", cfg.TILES)
+@pytest.mark.parametrize("epilogue", cfg.EPILOGUES)
+def test_the_tile_by_mean_rows(dtype, epilogue):
+    low, high = cfg.MIDDLE_ROWS[dtype]
+    for mean, middle in ((1, False), (low - 1, False), (low, True), (high, True), (high + 1, False), (1 << 15, False)):
+        config = cfg.choose(dtype, epilogue, 32, 1 << 20, False, mean, V3[epilogue], 132)
+        assert config == cfg.GemmConfig(dtype, epilogue, *cfg.TILES[dtype][middle and epilogue != "swiglu_fp8"])
+        assert config in [variant for _, variant in gemm.variants()]

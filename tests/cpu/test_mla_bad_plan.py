@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cutehop.cute_kernels.mla import config as cfg
-from cutehop.ops import _mla_scratch as scratch
+from cutehop.ops import _scratch as scratch
 from cutehop.ref import mla_plan as planner
 
 
