@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,16 @@ if TYPE_CHECKING:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak-iterations", type=int, default=300, help="length of tests/dist/test_ep_soak.py on GPUs")
+    parser.addoption("--most-ranks", type=int, help="leave out tests with more ranks on GPUs, e.g. than there are GPUs")
+    parser.addoption("--heap-provider", help="memory of all buffers of ranks on GPUs: vmm, torch or nvshmem")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    provider = config.getoption("--heap-provider")
+    if provider is not None:
+        from tests.rank_worker import PROVIDER_VARIABLE
+
+        os.environ[PROVIDER_VARIABLE] = provider  # for tests.rank_worker
 
 
 def why_no_gpu() -> str | None:
@@ -34,7 +45,10 @@ def _gpu_ranks(item: pytest.Item) -> int:
     return max([*found, callspec.params.get("ranks", 0)])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    most = config.getoption("--most-ranks")
+    if most is not None:
+        items[:] = [item for item in items if _gpu_ranks(item) <= most]
     modules = {item.path: place for place, item in reversed([*enumerate(items)])}
     items.sort(key=lambda item: (modules[item.path], _gpu_ranks(item)))
     reason = why_no_gpu()

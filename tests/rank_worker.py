@@ -1,7 +1,7 @@
 """One rank of a RankPool (tests/ranks.py): `python -m tests.rank_worker FD RANK RANKS PORT DEVICE`.
 
 Imports torch and cutehop, joins a gloo group, then runs the functions that come down the pipe FD until it closes.
-DEVICE is "cpu" or a CUDA index.
+DEVICE is "cpu" or a CUDA index. The environment may name the heap provider of all buffers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch.distributed as dist
 
 import cutehop  # noqa: F401  (loaded at start-up rather than inside the first timed call)
 
+PROVIDER_VARIABLE = "CUTEHOP_TESTS_HEAP_PROVIDER"
+
 
 def _picklable(value: Any) -> bytes | None:
     try:
@@ -38,6 +40,14 @@ def _answer(request: bytes, rank: int) -> tuple[str, bytes | None, str]:
         return "error", _picklable(error), traceback.format_exc()
 
 
+def _give_all_buffers(provider: str) -> None:
+    """What buffers ask for, and what they get, is a heap of this provider."""
+    from cutehop.comm import memory
+
+    original = memory.open_heap
+    memory.open_heap = lambda _, *arguments: original(provider, *arguments)  # type: ignore[assignment]
+
+
 def main() -> None:
     fd, rank, ranks, port = map(int, sys.argv[1:5])
     faulthandler.enable()
@@ -46,6 +56,8 @@ def main() -> None:
     pipe = Connection(fd)
     if sys.argv[5] != "cpu":
         torch.cuda.set_device(int(sys.argv[5]))
+    if PROVIDER_VARIABLE in os.environ:
+        _give_all_buffers(os.environ[PROVIDER_VARIABLE])
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
     pipe.send(("ok", pickle.dumps(None), ""))
