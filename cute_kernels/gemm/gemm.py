@@ -1,42 +1,44 @@
-"""Grouped GEMM for many rows per expert (sm_90a).
+"""Grouped GEMM (sm_90a).
 
     out[r, n] = sum_k a[r, k] * b[e, n, k]                                                       bf16, e = expert of r
     out[r, n] = sum_j a_s[r, j] * b_s[e, n / 128, j] * (sum of a * b over K block j of 128)      FP8
     epilogues: store it | silu(gate) * up of two such columns | the same in e4m3 with a scale per row and 128 columns
 
-Grid: one CTA per SM, persistent over the tiles of all experts (tiles.get_tile); every role walks them by itself.
-A tile is 128 rows of one expert times 256 of its weight rows (wide), or 256 times 192 (tall, bf16 only). With SwiGLU
-half the weight rows are of gate, half the same of up: one thread then holds gate and up of the same output, and in a
-wide tile four lanes all 128 columns of an FP8 group. Rows come in units of 64: one wgmma, one TMA box.
-K goes by in blocks of 128 bytes, which are one scale block of FP8.
+Grid: one CTA per SM, persistent; a tile is taken when the one before it is about done (tiles.get_tile has their order).
+A tile is so many rows of one expert times so many of its weight rows: 128 x 256 (wide), 256 x 128 (tall, bf16) or
+192 x 128 (middle, FP8). With SwiGLU half the weight rows are of gate, half the same of up: one thread then holds gate
+and up of the same output, and in a wide tile four lanes all 128 columns of an FP8 group. Rows come in units of 64: one
+wgmma, one TMA box. K goes by in blocks of 128 bytes, which are one scale block of FP8.
 
-Roles (384 threads)
-    warps 0-3   WG0   first half of the tile's rows, multiplies and stores   232 registers
-    warps 4-7   WG1   the other half                                         232 registers
-    warp  8     loader (TMA), runs ahead of the math across tiles 40 registers; warps 9 to 11 fill up the warpgroup
+Roles (384 threads; middle 512, with three math warpgroups)
+    warps 0-3   WG0   its part of the tile's rows, multiplies and stores     232 registers, middle 160
+    warps 4-7   WG1   the next part, and so on                               232
+    next warp   loader (TMA), runs ahead of the math across tiles            40, middle 32; three warps fill it up
 Units of rows past the expert's last are neither loaded nor multiplied, which leaves the tensor cores to the others.
 
 One K block
-    bf16   wait full | acc += A B: four m64n256k16, or tall four m64n192k16 for each of two units | the block before is
+    bf16   wait full | acc += A B: four m64n256k16, or tall four m64n128k16 for each of two units | the block before is
            done: arrive empty
-    FP8    wait full, then for each half of the columns (one weight scale each): product = A B: four m64n128k32 | wait
-           | after the second half arrive empty | acc += product * scales, while the other warpgroup multiplies
+    FP8    wait full, then for each 128 columns: product = A B: four m64n128k32 | wait | after the last ones arrive
+           empty | acc += product * scales, while another warpgroup multiplies
 The scales of the next block are on their way to registers meanwhile, those of the next tile during the epilogue. The
 epilogue stores from registers, while the loader fills the stages for the next tile; the warpgroups do not wait for each
 other.
 
-Pipeline (mbarriers)
-    full[4]    bytes of the boxes: 8192 of A for each unit of rows, 32768 of B (tall 24576)
-    empty[4]   one arrive of each math warp
+Pipelines (mbarriers)
+    full[stages]   bytes of the boxes: 8192 of A for each unit of rows, 128 for each weight row
+    empty[stages]  one arrive of each math warp
+    ordered[8]     the number of the CTA's next tile is in order[8]; at most stages + 1 are on their way, as the loader
+                   cannot be further ahead
 
 Shared memory (bytes)
-    wide   A 4 x 16384, B 4 x 32768, tables 3 x 4096, mbarriers 64
-    tall   A 4 x 32768, B 4 x 24576, tables 3 x  960, mbarriers 64: all there is, hence 240 experts at most
+    wide, tall   A and B 4 x 49152, tables 3 x 4096, mbarriers and numbers 160
+    middle       A and B 5 x 40960, the same
 
 Rows of a tile past the expert's last are the next expert's or zeros: rows don't mix, and theirs are not stored.
 
-Bounds, per K block and CTA: 1024 tensor cycles, 80 (bf16) or 96 (FP8) bytes a cycle read from shared memory, 48 loaded
-from L2. Tall: 1536 tensor cycles, 85 and 37 bytes a cycle.
+Bounds, per K block and CTA: 1024 tensor cycles, 80 (bf16), 96 (FP8, tall) bytes a cycle read from shared memory, 48
+loaded from L2. Middle: 768 tensor cycles, 96 and 53 bytes a cycle.
 """
 
 import cuda.bindings.driver as cuda

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from cutehop.comm.kernels.config import COPY_BYTES
 from tests.dist.test_ep_graphs import Layer, ragged
 from tests.ep_gpu_work import open_buffer, settle
 from tests.ep_traffic import Sizes, Traffic, round_trip
+from tests.rank_worker import PROVIDER_VARIABLE
 
 pytestmark = [pytest.mark.dist, pytest.mark.gpu]
 
@@ -72,6 +74,8 @@ def replay_over_releases(group, rank, device):
 
 
 def test_graphs_outlive_a_release(gpu_ranks, ranks):
+    if os.environ.get(PROVIDER_VARIABLE, "vmm") != "vmm":
+        pytest.skip("memory of the other providers may come back at another address")
     results = gpu_ranks(ranks).run(replay_over_releases, "cuda")
     print(f"\n{ranks} ranks: release_memory and acquire_memory in {max(took for _, took in results):.1f} ms")
     assert [wrong for wrong, _ in results] == [[False] * 13] * ranks

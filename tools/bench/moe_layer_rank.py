@@ -24,7 +24,7 @@ from tools.bench.moe_layer import OURS, Report, chosen, new_report, record, writ
 from tools.bench.moe_layer_setting import TOLERANCE, Setting, expected
 
 FEW_TOKENS = 128
-NUM_SMS = 8  # of a rank, for rows on the way: eight ranks leave half of an H100 to the GEMMs
+SHARED_SMS = 8  # of a rank, for rows on the way: eight ranks leave half of an H100 to the GEMMs
 SLACK = 1.25  # rows of a normal call above the mean, which random routing does not reach
 TIMEOUT_S = 60.0
 Tensors = tuple[Tensor | None, ...]
@@ -60,8 +60,10 @@ class RankBench:
         config = EpConfig(ranks, s.hidden, s.tokens, s.experts, s.topk, scales="f32", max_recv_tokens=rows)
         if self.device.type == "cuda":
             from cutehop.comm.buffer import CudaBuffer
+            from cutehop.comm.memory import DEFAULT_NUM_SMS
 
-            return CudaBuffer(self.team.group, config, num_sms=NUM_SMS, timeout_s=TIMEOUT_S)
+            sms = SHARED_SMS if ranks > torch.cuda.device_count() else DEFAULT_NUM_SMS
+            return CudaBuffer(self.team.group, config, num_sms=sms, timeout_s=TIMEOUT_S)
         from cutehop.comm.gloo import GlooBuffer
 
         return GlooBuffer(self.team.group, config, timeout_s=TIMEOUT_S)
