@@ -54,8 +54,8 @@ def sort_ctas(pairs: int) -> int:
 
 
 def sort_smem_bytes(experts: int) -> int:
-    """Shared memory of a sort launch: counters of each warp, and of the CTA, its bases and sums of warps."""
-    return 4 * ((SORT_WARPS + 2) * experts + SORT_WARPS)
+    """Shared memory of a sort launch: counters of each warp, bases of the CTA, sums of warps."""
+    return 4 * ((SORT_WARPS + 1) * experts + SORT_WARPS)
 
 
 def ring(row_bytes: int) -> tuple[int, int]:

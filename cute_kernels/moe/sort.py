@@ -11,7 +11,7 @@ Grid of up to 32 CTAs (config.sort_ctas) of 1024 threads. Each of a CTA's 32 war
 What the other CTAs count comes from a kernel before (count.py), which a single CTA does not need. They could tell each
 other in a cluster, but one of eight did not start on a GPU that other ranks share: README.md, "No clusters".
 
-Shared memory: 4 bytes for each warp and expert (35 KB for 256 experts, 139 KB for 1024) as the launch asks for it.
+Shared memory: 4 bytes for each warp and expert (34 KB for 256 experts, 135 KB for 1024) as the launch asks for it.
 Nothing is zeroed or added in global memory. Bound by latency: two reads of the ids and about 60 cycles per 32 pairs.
 """
 
@@ -75,8 +75,7 @@ class Sort:
         cta, _, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tid // WARP), tid % WARP
         sm = SmemAllocator().allocate(self.Smem)
-        totals = sm.words.data_ptr()  # (experts,): pairs of this CTA
-        bases = totals + a.experts  # (experts,): first row of this CTA
+        bases = sm.words.data_ptr()  # (experts,): first row of this CTA
         warp_sums = bases + a.experts
         counters = warp_sums + SORT_WARPS  # (warps, experts)
         for i in cutlass.range(tid, SORT_WARPS * a.experts, SORT_THREADS, unroll=1):
@@ -89,9 +88,8 @@ class Sort:
         mine = counters + warp * a.experts
         self.walk(False, a, mine, bases, first, run, lane)
         cute.arch.sync_threads()
-        self.sum_warps(a, counters, totals, tid)
-        cute.arch.sync_threads()
-        self.find_bases(a, totals, bases, warp_sums, cta, tid)
+        total = self.sum_warps(a, counters, tid)
+        self.find_bases(a, total, bases, warp_sums, cta, tid)
         cute.arch.sync_threads()
         self.walk(True, a, mine, bases, first, run, lane)
 
@@ -127,33 +125,31 @@ class Sort:
                     st_i32(a.pair_row + Int64(pair) * 4, row)
 
     @cute.jit
-    def sum_warps(self, a: SortArgs, counters: cute.Pointer, totals: cute.Pointer, tid: Int32):
-        """Each warp's count becomes the count of the warps before it."""
+    def sum_warps(self, a: SortArgs, counters: cute.Pointer, tid: Int32):
+        """A thread per expert: each warp's count becomes the count of the warps before it. All of this CTA's pairs."""
+        total = Int32(0)
         if tid < a.experts:
-            total = Int32(0)
             for w in cutlass.range(SORT_WARPS, unroll=8):
                 counter = counters + w * a.experts + tid
                 count = cute.arch.load(counter, Int32)
                 cute.arch.store(counter, total)
                 total += count
-            cute.arch.store(totals + tid, total)
+        return total
 
     @cute.jit
     def find_bases(
-        self, a: SortArgs, totals: cute.Pointer, bases: cute.Pointer, warp_sums: cute.Pointer, cta: Int32, tid: Int32
+        self, a: SortArgs, total: Int32, bases: cute.Pointer, warp_sums: cute.Pointer, cta: Int32, tid: Int32
     ):
-        """A thread per expert: where the expert's rows begin, and those of this CTA among them."""
+        """A thread per expert: where the expert's rows begin, and those of this CTA among them. total: its pairs here."""
         lane, warp = tid % WARP, tid // WARP
         ctas, _, _ = cute.arch.grid_dim()
-        total, earlier = Int32(0), Int32(0)
-        if tid < a.experts:
-            if ctas == 1:
-                total = cute.arch.load(totals + tid, Int32)
-            else:
-                for other in cutlass.range(ctas, unroll=8):
-                    count = ld_i32(a.counts + (Int64(other) * a.experts + tid) * 4)
-                    total += count
-                    earlier += count if other < cta else Int32(0)
+        earlier = Int32(0)
+        if (tid < a.experts) & (ctas > 1):
+            total = Int32(0)
+            for other in cutlass.range(ctas, unroll=8):
+                count = ld_i32(a.counts + (Int64(other) * a.experts + tid) * 4)
+                total += count
+                earlier += count if other < cta else Int32(0)
         through = total  # of this expert and those before it, of a warp's experts, then of all
         for i in cutlass.range_constexpr(5):
             below = cute.arch.shuffle_sync_up(through, 1 << i, mask_and_clamp=0)
