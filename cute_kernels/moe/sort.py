@@ -140,7 +140,8 @@ class Sort:
     def find_bases(
         self, a: SortArgs, total: Int32, bases: cute.Pointer, warp_sums: cute.Pointer, cta: Int32, tid: Int32
     ):
-        """A thread per expert: where the expert's rows begin, and those of this CTA among them. total: its pairs here."""
+        """A thread per expert: where the expert's rows begin, and those of this CTA among them. total: its pairs of the
+        expert."""
         lane, warp = tid % WARP, tid // WARP
         ctas, _, _ = cute.arch.grid_dim()
         earlier = Int32(0)

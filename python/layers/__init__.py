@@ -2,11 +2,13 @@
 
 from cutehop.layers.mla import MlaDecode
 from cutehop.layers.mla_cache import MlaStep, OutOfPagesError, PagedMlaCache
-from cutehop.layers.moe import ExpertParallelMoE, MoeRouter, Routing, SharedExpert
+from cutehop.layers.moe import ExpertParallelMoE, MoeRouter, Routing
+from cutehop.layers.moe_shared import Fp8SharedExpert, SharedExpert
 from cutehop.layers.moe_weights import MoeExperts
 
 __all__ = [
     "ExpertParallelMoE",
+    "Fp8SharedExpert",
     "MlaDecode",
     "MlaStep",
     "MoeExperts",

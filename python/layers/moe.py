@@ -10,7 +10,7 @@ All three are calls of ops with shapes that do not depend on the routing, so the
 torch.compile(fullgraph=True) and captured in a CUDA graph (cutehop.ops.ep says what torch's inductor needs).
 
 With FP8 weights rows are cast once, before they travel, and go to the GEMM as they arrive, with their scales; the
-second GEMM takes what the first one's epilogue cast.
+second GEMM takes what the first one's epilogue cast. The shared expert takes the same cast rows.
 
 Each rank's rows are copied once into the memory that peers read, on the way out and on the way back: a view of that
 memory cannot be an op's argument under torch.compile, which would hand the op a clone. README.md, "Dispatch and
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cutehop.cute_kernels.errors import check
+from cutehop.layers.moe_shared import Fp8SharedExpert, SharedExpert, is_swiglu, quantized
 from cutehop.layers.moe_weights import MoeExperts, local_slice
 
 _ops = torch.ops.cutehop
@@ -84,20 +85,6 @@ class MoeRouter(nn.Module):
         return _ops.moe_route(
             logits, bias, r.topk, r.num_groups, r.topk_groups, r.scoring, r.normalize, r.scale
         )  # fmt: skip
-
-
-class SharedExpert(nn.Module):
-    """down_proj(silu(gate_proj(x)) * up_proj(x)): the expert that every token has, on every rank."""
-
-    def __init__(self, hidden: int, intermediate: int, **options: Any) -> None:
-        """options: of torch.nn.Linear, dtype and device."""
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=False, **options)
-        self.up_proj = nn.Linear(hidden, intermediate, bias=False, **options)
-        self.down_proj = nn.Linear(intermediate, hidden, bias=False, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class ExpertParallelMoE(nn.Module):
@@ -192,7 +179,7 @@ class ExpertParallelMoE(nn.Module):
         """A layer with memory for the local experts only, normally distributed, for load_state_dict or for training.
 
         config: attributes of a transformers `DeepseekV3Config`.
-        dtype: of all weights; float8_e4m3fn is for the experts, everything else is bfloat16 then.
+        dtype: of all weights; float8_e4m3fn is for the experts, the shared one too; the router is bfloat16 then.
         options: of the constructor. A state dict of the whole block, or of a published checkpoint, is cut to what is
         here: layer.load_state_dict(state).
         """
@@ -218,12 +205,17 @@ class ExpertParallelMoE(nn.Module):
         shared = SharedExpert(hidden, inner * c.n_shared_experts, **others) if c.n_shared_experts else None
         up, down = weights(count, 2 * inner, hidden), weights(count, hidden, inner)
         experts = MoeExperts(up, down, first=first, num_experts=num_experts)
-        return cls(gate, experts.quantized() if is_fp8 else experts, shared, **options)
+        if is_fp8:
+            return cls(gate, experts.quantized(), shared and quantized(shared), **options)
+        return cls(gate, experts, shared, **options)
 
     def quantize_weights(self) -> ExpertParallelMoE:
-        """This layer, its experts cast to FP8 with a scale per 128 x 128 block; router and shared expert stay. No
-        gradients reach its input or its experts from then on."""
+        """This layer, its experts cast to FP8 with a scale per 128 x 128 block; the router stays, and so does a shared
+        expert that is not three Linear without bias, gate_proj, up_proj and down_proj. No gradients reach its input or
+        its experts from then on."""
         self.experts = self.experts.quantized()
+        if self.shared_experts is not None and is_swiglu(self.shared_experts):
+            self.shared_experts = quantized(self.shared_experts)
         return self
 
     def forward(self, hidden_states: Tensor, low_latency: bool = False) -> Tensor:
@@ -239,7 +231,9 @@ class ExpertParallelMoE(nn.Module):
                 "torch.no_grad(), or train in bfloat16"
             )
         topk_idx, topk_weights = self.gate(x)
-        shared = None if self.shared_experts is None else self.shared_experts(x)
+        fp8_shared = isinstance(self.shared_experts, Fp8SharedExpert)
+        rows, scales = self._as_rows(x) if fp8_shared or not low_latency else (x, None)
+        shared = self._shared(x, rows, scales)
         if low_latency:
             out = self._low_latency(x, topk_idx, topk_weights)
         elif self.buffer is None:
@@ -248,15 +242,23 @@ class ExpertParallelMoE(nn.Module):
                 "ExpertParallelMoE: a normal call of a layer on several ranks with a low-latency buffer only; pass "
                 "buffer=, or call it with low_latency=True",
             )
-            rows, scales = self._as_rows(x)
             out = self._local(rows, scales, topk_idx, topk_weights, self._expected_rows(topk_idx))
         else:  # the sums begin with the shared expert's results, so they are not rounded once more
-            return self._normal(x, topk_idx, topk_weights, shared).view(hidden_states.shape)
+            return self._normal(rows, scales, topk_idx, topk_weights, shared).view(hidden_states.shape)
         return (out if shared is None else out + shared).view(hidden_states.shape)
 
-    def _normal(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, shared: Tensor | None) -> Tensor:
+    def _shared(self, x: Tensor, rows: Tensor, scales: Tensor | None) -> Tensor | None:
+        """What the shared expert makes of x, or of x as `_as_rows` has cast it."""
+        if self.shared_experts is None:
+            return None
+        if isinstance(self.shared_experts, Fp8SharedExpert) and scales is not None:
+            return self.shared_experts.of_rows(rows, scales)
+        return self.shared_experts(x)
+
+    def _normal(
+        self, rows: Tensor, scales: Tensor | None, topk_idx: Tensor, topk_weights: Tensor, shared: Tensor | None
+    ) -> Tensor:
         _, per_expert, in_rank = _ops.ep_layout(topk_idx, self.experts.num_experts, self.ranks)
-        rows, scales = self._as_rows(x)
         recv_x, recv_scales, recv_idx, recv_weights, _, prefix, src_idx, send_row = _ops.ep_dispatch(
             rows, scales, topk_idx, topk_weights, in_rank, per_expert, self.buffer, self.num_worst_tokens
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from cutehop.layers import ExpertParallelMoE, MoeExperts, MoeRouter, Routing
+from cutehop.layers import ExpertParallelMoE, Fp8SharedExpert, MoeExperts, MoeRouter, Routing
 from tests import moe_training as training
 from tests.moe_layer_cases import Sizes, assert_as_exact, dense
 from tests.moe_training import assert_same_curve, overfit
@@ -65,8 +65,32 @@ def test_fp8_weights_cost_what_the_cast_costs():
         out = layer.quantize_weights()(x).double()
     error = (out - exact).norm() / exact.norm()
     assert layer.experts.down_proj.dtype == torch.float8_e4m3fn
-    # e4m3 rounds by 2.6 % in the mean; rows, weights and inner rows twice, in quadrature with the shared part exact.
+    # e4m3 rounds by 2.6 % in the mean; rows, weights and inner rows twice, in quadrature.
     assert 0.01 < error < 0.07
+
+
+def test_a_shared_expert_of_another_kind_is_not_cast():
+    layer, x = SIZES.layer(), SIZES.tokens(0, 9)
+    layer.shared_experts = torch.nn.Tanh()
+    with torch.no_grad():
+        out = layer.quantize_weights()(x)
+        layer.shared_experts = None
+        assert torch.equal(out, layer(x) + x.tanh())
+
+
+def test_an_fp8_shared_expert_by_itself():
+    """Of no rows, of some, and its state there and back."""
+    layer, x = SIZES.layer(), SIZES.tokens(0, 9)
+    want = layer.shared_experts(x).detach().float()
+    shared = layer.quantize_weights().shared_experts
+    assert isinstance(shared, Fp8SharedExpert)
+    with torch.no_grad():
+        assert (shared(x).float() - want).norm() < 0.07 * want.norm()
+        assert shared(x[:0]).shape == (0, SIZES.hidden)
+        again = SIZES.layer(state=SIZES.state(seed=1)).quantize_weights()
+        assert not torch.equal(again(x), layer(x))
+        again.load_state_dict(layer.state_dict())
+        assert torch.equal(again(x), layer(x))
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])

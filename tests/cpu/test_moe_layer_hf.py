@@ -89,6 +89,8 @@ def test_state_dicts_go_both_ways():
 def published(fp8: bool) -> dict[str, torch.Tensor]:
     """As the published checkpoints have it: expert by expert, FP8 weights with the scales of their blocks."""
     state = {name: value for name, value in SIZES.state().items() if "experts." not in name[:8]}
+    for key in [key for key in state if fp8 and key.startswith("shared_experts.")]:
+        state[key], state[key + "_scale_inv"] = quantize_blocks(state[key])
     up, down = SIZES.state()["experts.gate_up_proj"], SIZES.state()["experts.down_proj"]
     for e in range(SIZES.experts):
         for name, weight in zip(("gate_proj", "up_proj", "down_proj"), (*up[e].chunk(2), down[e])):
@@ -112,6 +114,7 @@ def test_a_published_fp8_checkpoint_loads():
     torch.testing.assert_close(
         dequantize_blocks(weights, scales), SIZES.state()["experts.gate_up_proj"].float(), rtol=2**-4, atol=1e-3
     )
+    assert all(weight.dtype == FP8 for weight in layer.shared_experts.parameters())
     same, x = SIZES.layer().quantize_weights(), SIZES.tokens(0, 9)
     with torch.no_grad():
         assert torch.equal(layer(x), same(x))  # blocks of 128 rows never hold rows of gate and up

@@ -89,14 +89,15 @@ def _swiglu(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 class TorchMoE(nn.Module):
     """The layer on one rank, in torch ops that torch.compile takes without a graph break and a CUDA graph can hold.
 
-    With fp8 it uses torch's own scaled product: one scale per row of activations, one per row of weights.
+    With fp8 it uses torch's own scaled products: one scale per row of activations, one per row of weights.
     """
 
     def __init__(self, layer: ExpertParallelMoE, fp8: bool) -> None:
         """layer: in bf16, its weights are shared."""
         super().__init__()
-        self.gate, self.shared, self.routing = layer.gate, layer.shared_experts, layer.gate.routing
-        self.fp8 = fp8
+        self.gate, self.routing = layer.gate, layer.gate.routing
+        shared: Any = layer.shared_experts
+        self.shared = Fp8Swiglu(shared) if fp8 else shared
         weights = layer.experts.gate_up_proj, layer.experts.down_proj
         (self.up, self.up_scales), (self.down, self.down_scales) = map(_weights_by_row if fp8 else _unscaled, weights)
 
@@ -109,7 +110,6 @@ class TorchMoE(nn.Module):
         y = self._product(functional.silu(gate) * value, self.down, self.down_scales, ends)
         row = torch.empty_like(order).scatter_(0, order, torch.arange(n * k, device=x.device))
         out = (y[row].view(n, k, -1) * weights[..., None]).sum(1)
-        assert self.shared is not None
         return (out + self.shared(x)).to(x.dtype)
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,6 +129,25 @@ class TorchMoE(nn.Module):
         a, a_scales = _by_row(a)
         return torch._scaled_grouped_mm(
             a, b, a_scales, b_scales, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+
+class Fp8Swiglu(nn.Module):
+    """A shared expert by torch._scaled_mm."""
+
+    def __init__(self, shared: Any) -> None:
+        super().__init__()
+        self.up = _by_row(torch.cat([shared.gate_proj.weight, shared.up_proj.weight]))
+        self.down = _by_row(shared.down_proj.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self._product(x, *self.up).chunk(2, -1)
+        return self._product(functional.silu(gate) * value, *self.down)
+
+    def _product(self, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+        rows, row_scales = _by_row(x)
+        return torch._scaled_mm(
+            rows, weight.t(), row_scales[:, None], scales[None], out_dtype=torch.bfloat16, use_fast_accum=True
         )
 
 
