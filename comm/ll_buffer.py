@@ -22,7 +22,7 @@ from .base import DEFAULT_TIMEOUT_S
 from .kernels import config as sizes
 from .kernels.config import BF16, BOTH, F32_SCALES, POW2_SCALES, RECEIVE, SEND, UE8M0_SCALES
 from .ll_base import LlDispatched, LlHandle, LowLatencyBuffer
-from .ll_config import LlLayout
+from .ll_config import FEW_TOKENS, LlLayout
 from .meeting import Meeting
 from .memory import PeerMemory, address, aligned, cuda_device
 from .outputs import allocator
@@ -117,7 +117,14 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         self.num_sms = self._memory.check_sms(min(MOST_SMS, self._memory.max_sms) if num_sms is None else num_sms)
         # The last parameters of the kernels.
         data, local = (config.slot_bytes, at.data.offset), config.experts_per_rank
-        records = (at.counts.item_bytes, config.head_bytes, config.record_bytes, *data)
+        records = (
+            at.counts.item_bytes,
+            config.head_bytes,
+            config.record_bytes,
+            *data,
+            config.words_bytes,
+            at.words.offset,
+        )
         self._send_args = (config.num_experts, local, config.max_tokens, *records)
         self._receive_args = (local, config.max_tokens, config.max_topk, *records)
         self._send_home_args = (local, config.max_tokens, config.max_topk, *data)
@@ -205,7 +212,10 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         scale_words = 0 if out.recv_scales is None else out.recv_scales.shape[2]
         warps = sizes.ll_copy_warps(row_bytes, scale_words, self._data_bytes[parts])
         # Other ranks' tokens are not known here; as many as mine is the best guess, and only a matter of speed.
-        ctas = min(self.num_sms, -(-self.ranks * max(self._tokens, 1) // RECORDS_PER_CTA))
+        records, per_cta = self.ranks * max(self._tokens, 1), RECORDS_PER_CTA
+        if self._tokens <= FEW_TOKENS:
+            records, per_cta = records * sizes.ll_word_pieces(row_bytes, scale_words), sizes.COPY_WARPS
+        ctas = min(self.num_sms, -(-records // per_cta))
         handle = out.handle
         values = (
             epoch.data_ptr(), num_topk, row_bytes, scale_words, warps, out.recv_x.data_ptr(), address(out.recv_scales),

@@ -15,6 +15,7 @@ GROUP = 128  # columns under one scale
 MAX_TOPK = 16
 MAX_HIDDEN = 32768  # a record has to fit into shared memory several times
 MAX_SEND_SLOTS = 2**31 - 1  # ranks * max_tokens * max_topk is an int32
+FEW_TOKENS = 8  # up to so many are dispatched as words with an epoch (kernels/ll_words.py)
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,11 @@ class LlConfig:
         return round_up(max(dispatch, combine), ROW_ALIGN)
 
     @property
+    def words_bytes(self) -> int:
+        """Records of few tokens of all ranks, each word of data beside its epoch."""
+        return round_up(2 * self.ranks * min(FEW_TOKENS, self.max_tokens) * self.record_bytes, ROW_ALIGN)
+
+    @property
     def counts_bytes(self) -> int:
         """Count words of one source: records, then rows of each expert."""
         return round_up(8 * (1 + self.experts_per_rank), LINE)
@@ -146,10 +152,11 @@ class LlLayout:
             "counts",
             SLOTS * config.ranks,
             config.counts_bytes,
-            "peer s writes {epoch, records}, then {epoch, rows} of each of my experts; I poll",
+            "peer s writes {epoch, records and if they are few}, then {epoch, rows} of each of my experts; I poll",
         )
         self.control_bytes = heap.end
         self.data = heap.rows("data", SLOTS, config.slot_bytes, "peers push records or rows; I read")
+        self.words = heap.rows("words", SLOTS, config.words_bytes, "records of few tokens: {word, epoch}; I poll")
         if remote:
             self.outbox = heap.rows("outbox", SLOTS, config.outbox_bytes, "mine alone: NVSHMEM's puts read it")
         self.error = host.lines(

@@ -14,6 +14,7 @@ from cutehop.comm.config import EpConfig
 from cutehop.comm.ll_base import LowLatencyBuffer
 from cutehop.comm.ll_config import LlConfig
 from cutehop.layers import ExpertParallelMoE
+from cutehop.ref.quant import dequantize_blocks
 
 State = dict[str, Tensor]
 
@@ -90,6 +91,18 @@ class Sizes:
         from cutehop.comm.ll_buffer import CudaLowLatencyBuffer
 
         return CudaLowLatencyBuffer(group, config, timeout_s=timeout_s, num_sms=6)
+
+
+def dense_state(layer: ExpertParallelMoE) -> State:
+    """What `dense` takes, on the CPU: the layer's weights, multiplied by their scales where they are FP8."""
+    state = {name: value.cpu() for name, value in layer.state_dict().items()}
+    for name in [name for name in state if f"{name}_scale_inv" in state]:
+        state[name] = dequantize_blocks(state[name], state.pop(f"{name}_scale_inv"))
+    if layer.experts.is_fp8 and layer.shared_experts is not None:
+        gate, up = state.pop("shared_experts.expert.gate_up_proj")[0].chunk(2)
+        down = state.pop("shared_experts.expert.down_proj")[0]
+        state |= {f"shared_experts.{part}_proj.weight": w for part, w in zip(("gate", "up", "down"), (gate, up, down))}
+    return state
 
 
 def dense(sizes: Sizes, state: State, x: Tensor, topk_idx: Tensor) -> Tensor:

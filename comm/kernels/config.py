@@ -47,6 +47,7 @@ INDEX_WARPS = 4  # and these find out where each token goes
 MAX_TEAMS = 8
 IDS = 8192  # choices whose expert ids fit into shared memory; more are read from global memory
 COPY_WARPS = 16  # of a receiving CTA
+RECORD_PIECE = 512  # bytes of a record of few tokens that a warp takes
 
 # Low latency, combine
 RINGS = 8  # warps of a sending CTA
@@ -100,6 +101,11 @@ def ll_teams(tokens: int, num_sms: int, record_bytes: int, data_bytes: int) -> t
 def ll_row_bytes(row_bytes: int, scale_words: int) -> int:
     """A received record without its head, in shared memory."""
     return row_bytes + round_up(4 * scale_words, VECTOR)
+
+
+def ll_word_pieces(row_bytes: int, scale_words: int) -> int:
+    """Pieces of a record of few tokens, a warp each."""
+    return -(-row_bytes // RECORD_PIECE) - (-4 * scale_words // RECORD_PIECE)
 
 
 def ll_copy_warps(row_bytes: int, scale_words: int, data_bytes: int) -> int:

@@ -56,10 +56,10 @@ class LlDispatch(DispatchSender, DispatchReceiver):
         if const_expr(not self.receives):
             self.send(g, s, sm)
         elif const_expr(not self.sends):
-            self.receive(g, r, sm, ld_i32(r.epoch))
+            self.receive(g, r, sm, ld_i32(r.epoch), False)
         else:
-            epoch, _ = self.send(g, s, sm)
-            self.receive(g, r, sm, epoch)
+            epoch, late = self.send(g, s, sm)
+            self.receive(g, r, sm, epoch, late)
 
 
 def program(config: Parts) -> Program:

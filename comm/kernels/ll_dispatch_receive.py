@@ -5,7 +5,8 @@
 
 Every CTA waits for the counts, which arrive by themselves, adds them up and waits for the
 data; then each warp takes records: one bulk load into shared memory, one bulk store per choice, scales column by
-column. CTA 0 writes the counts. The last CTA to be done acknowledges to all peers.
+column. Of a source with few tokens a warp takes 512 bytes of a record, as its words come (ll_words.py). CTA 0 writes
+the counts. The last CTA to be done acknowledges to all peers.
 """
 
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64, Uint8, const_expr
 from cutlass.experimental import primitives as prims
 
+from ...cute_kernels.sm90 import ptx
 from ...cute_kernels.sm90.address import ld_i32, st_i32, st_i64
 from ..config import MAX_RANKS
-from .config import COPY_WARPS, MAX_EXPERTS
+from ..ll_config import FEW_TOKENS
+from .config import COPY_WARPS, MAX_EXPERTS, RECORD_PIECE
+from .ll_dispatch_send import FEW_COUNT
 from .ll_verbs import (
     ACK,
     COUNTS,
@@ -31,6 +35,7 @@ from .ll_verbs import (
     start_next_kernel,
 )
 from .ll_waits import wait_data
+from .ll_words import load_words, uses_words, wait_words
 from .verbs import GMEM, PHASE, Group, aborted, may_proceed, wait_count
 
 THREADS = 32 * COPY_WARPS  # of a CTA that only receives; more may be there
@@ -62,14 +67,16 @@ class LlDispatchReceiveArgs:
     record_bytes: Int32
     slot_bytes: Int64
     data_offset: Int64
+    words_bytes: Int64  # of a slot
+    words_offset: Int64
 
 
 class DispatchReceiver:
     """Part of ll_dispatch.LlDispatch. sm: has firsts, arrived, full, flag and data, the rows."""
 
     @cute.jit
-    def receive(self, g: Group, a: LlDispatchReceiveArgs, sm, epoch: Int32):
-        """By all threads."""
+    def receive(self, g: Group, a: LlDispatchReceiveArgs, sm, epoch: Int32, count_epoch):
+        """By all threads. count_epoch: whether the operation counts here."""
         tid, _, _ = cute.arch.thread_idx()
         warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
         base = base_of(g, tid)
@@ -82,14 +89,19 @@ class DispatchReceiver:
         else:
             go = self.wait(g, a, sm, epoch)
         if go:
-            start_next_kernel()
+            some_are_few = self.any_few(g, sm)
+            if not some_are_few:
+                start_next_kernel()
             # Peers pushed in the async proxy, and their flags were acquired in the generic one.
             cute.arch.fence_proxy("async.global")
             self.number_rows(g, a, sm)
             cute.arch.sync_threads()
+            if some_are_few:
+                go = may_proceed(g, self.copy_words(g, a, sm, epoch, warp, lane))
+                start_next_kernel()
             if warp < a.warps:
                 self.copy_records(g, a, sm, epoch, warp, lane)
-        finish(g, ACK, "dispatch_receive", epoch, False, go, base, sm.flag.data_ptr())
+        finish(g, ACK, "dispatch_receive", epoch, count_epoch, go, base, sm.flag.data_ptr())
 
     @cute.jit
     def wait(self, g: Group, a: LlDispatchReceiveArgs, sm, epoch: Int32):
@@ -103,7 +115,12 @@ class DispatchReceiver:
         if (tid >= COUNT_THREADS) & (tid < THREADS):  # one warp waits for the data meanwhile
             source = tid - COUNT_THREADS
             if source < g.ranks:
-                reached = wait_data(g, epoch, source)
+                few = Boolean(False)
+                if const_expr(uses_words(g)):
+                    at = self.count_at(g, a, epoch, source, 0)
+                    few = wait_count(g, at, epoch, source, PHASE["ll_counts"]) & FEW_COUNT != 0
+                if not few:
+                    reached = wait_data(g, epoch, source)
                 add_wait(a.wait_stats, source, start)
         elif tid < COUNT_THREADS:
             for i in cutlass.range(tid, g.ranks * words, COUNT_THREADS, unroll=1):
@@ -176,7 +193,6 @@ class DispatchReceiver:
     def copy_records(self, g: Group, a: LlDispatchReceiveArgs, sm, epoch: Int32, warp: Int32, lane: Int32):
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
-        records = sm.arrived.get_tensor(cute.make_layout(MAX_RANKS))
         memory = g.own + a.data_offset + Int64(slot_of(epoch)) * a.slot_bytes
         size = a.row_bytes + (a.scale_words * 4 + 15) // 16 * 16
         place = sm.data.data_ptr() + warp * size
@@ -184,10 +200,10 @@ class DispatchReceiver:
         source, skipped = Int32(0), Int32(0)  # sources before this one have `skipped` records
         total = Int32(0)
         for s in cutlass.range(g.ranks, unroll=1):
-            total += records[s]
+            total += self.records_of(g, sm, s, False)
         for i in cutlass.range(warp * ctas + cta, total, a.warps * ctas, unroll=1):
-            while i - skipped >= records[source]:
-                skipped += records[source]
+            while i - skipped >= self.records_of(g, sm, source, False):
+                skipped += self.records_of(g, sm, source, False)
                 source += 1
             record = memory + Int64(source * a.max_tokens + i - skipped) * a.record_bytes
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # each lane: its stores have read the last record
@@ -199,29 +215,110 @@ class DispatchReceiver:
                 )
             token, row = ld_i32(record), Int32(-1)  # lane j: row of choice j among all of this rank
             if lane < a.topk:
-                row = self.row_of(g, a, sm, record, source, lane)
+                choice = record + 8 + lane * 8
+                row = self.row_of(g, a, sm, source, ld_i32(choice), ld_i32(choice + 4))
             cute.arch.mbarrier_wait(full, phase)
             phase ^= 1
             if row >= 0:
                 prims.cp_async_bulk_global_shared_cta(
                     cute.make_ptr(Uint8, a.x + Int64(row) * a.row_bytes, GMEM, assumed_align=16), place, a.row_bytes
                 )
-                st_i32(a.src_info + Int64(row) * 4, token)
-                st_i32(a.send_slot + Int64(row) * 4, (source * a.max_tokens + token) * a.max_topk + lane)
+                self.note_source(a, row, source, token, lane)
             cute.arch.cp_async_bulk_commit_group()
             if a.scale_words != 0:
                 self.copy_scales(g, a, place + a.row_bytes, row, lane)
         cute.arch.cp_async_bulk_wait_group(0, read=True)  # the end of the kernel waits for the rest
 
     @cute.jit
-    def row_of(self, g: Group, a: LlDispatchReceiveArgs, sm, record: Int64, source: Int32, choice: Int32):
-        """Row of a choice in the blocks of all my experts together, -1 if the expert is not mine."""
+    def records_of(self, g: Group, sm, source: Int32, few: cutlass.Constexpr[bool]):
+        """Records of a source if they are words (few), or if they are not."""
+        count = sm.arrived.get_tensor(cute.make_layout(MAX_RANKS))[source]
+        are_few = count & FEW_COUNT != 0
+        return count & (FEW_COUNT - 1) if are_few == few else Int32(0)
+
+    @cute.jit
+    def any_few(self, g: Group, sm):
+        """Whether a source has sent words."""
+        total = Int32(0)
+        if const_expr(uses_words(g)):
+            for s in cutlass.range(g.ranks, unroll=1):
+                total += self.records_of(g, sm, s, True)
+        return total > 0
+
+    @cute.jit
+    def copy_words(self, g: Group, a: LlDispatchReceiveArgs, sm, epoch: Int32, warp: Int32, lane: Int32):
+        """Pieces of the records that are words, a warp each. Whether they came."""
+        cta, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        threads, _, _ = cute.arch.block_dim()
+        few = a.max_tokens if a.max_tokens < FEW_TOKENS else Int32(FEW_TOKENS)
+        memory = g.own + a.words_offset + Int64(slot_of(epoch)) * a.words_bytes
+        of_columns = (a.row_bytes + (RECORD_PIECE - 1)) // RECORD_PIECE
+        pieces = of_columns + (a.scale_words * 4 + (RECORD_PIECE - 1)) // RECORD_PIECE
+        source, skipped, total, came = Int32(0), Int32(0), Int32(0), Boolean(True)
+        for s in cutlass.range(g.ranks, unroll=1):
+            total += self.records_of(g, sm, s, True)
+        for item in cutlass.range(cta + warp * ctas, total * pieces, threads // 32 * ctas, unroll=1):
+            i, piece = item // pieces, item % pieces
+            while i - skipped >= self.records_of(g, sm, source, True):
+                skipped += self.records_of(g, sm, source, True)
+                source += 1
+            record = memory + Int64(source * few + i - skipped) * a.record_bytes * 2
+            size, begin = a.row_bytes, piece * RECORD_PIECE
+            if piece >= of_columns:  # scales, behind the columns
+                begin = (piece - of_columns) * RECORD_PIECE
+                size = a.scale_words * 4
+            at = begin + lane * 16  # of the columns or the scales
+            behind = a.head_bytes + (a.row_bytes if piece >= of_columns else Int32(0))
+            vector = record + Int64(behind + at) * 2
+            if at >= size:
+                vector = record
+            choice = record + 16 * (1 + (lane if lane < a.topk else Int32(0)))
+            found = [load_words(address) for address in (record, choice, vector, vector + 16)]
+            token, _, here = wait_words(g, record, found[0], epoch, source)
+            expert, number, there = wait_words(g, choice, found[1], epoch, source)
+            one, other, first = wait_words(g, vector, found[2], epoch, source)
+            third, last, second = wait_words(g, vector + 16, found[3], epoch, source)
+            came = came & here & there & first & second
+            row = Int32(-1)
+            if (lane < a.topk) & here & there:
+                row = self.row_of(g, a, sm, source, expert, number)
+            if (row >= 0) & (piece == 0):
+                self.note_source(a, row, source, token, lane)
+            self.store_piece(g, a, row, piece >= of_columns, at, size, (one, other, third, last))
+        return came
+
+    @cute.jit
+    def store_piece(self, g: Group, a: LlDispatchReceiveArgs, row: Int32, scales, at: Int32, size: Int32, words):
+        """A lane's 16 bytes at `at` of the columns or the scales, to the rows of all choices."""
+        rows = g.ranks * a.max_tokens
+        for choice in cutlass.range(a.topk, unroll=1):
+            to = cute.arch.shuffle_sync(row, choice)
+            if (to >= 0) & (at < size):
+                if scales:
+                    block = a.scales + (Int64(to // rows) * a.scale_words * rows + to % rows) * 4
+                    for i in cutlass.range_constexpr(4):
+                        if at + 4 * i < size:
+                            st_i32(block + Int64(at // 4 + i) * rows * 4, words[i])
+                else:
+                    ptx.st_global_v4(a.x + Int64(to) * a.row_bytes + at, *words)
+
+    @cute.jit
+    def note_source(self, a: LlDispatchReceiveArgs, row: Int32, source: Int32, token: Int32, choice: Int32):
+        """Where a row comes from, and where it goes."""
+        st_i32(a.src_info + Int64(row) * 4, token)
+        st_i32(a.send_slot + Int64(row) * 4, (source * a.max_tokens + token) * a.max_topk + choice)
+
+    @cute.jit
+    def row_of(self, g: Group, a: LlDispatchReceiveArgs, sm, source: Int32, expert: Int32, number: Int32):
+        """Row of a choice in the blocks of all my experts together, -1 if the expert is not mine. number: of the row
+        among the source's for the expert."""
         base = sm.firsts.get_tensor(cute.make_layout(MAX_EXPERTS))
-        expert = ld_i32(record + 8 + choice * 8) - g.rank * a.experts_per_rank
+        expert -= g.rank * a.experts_per_rank
         row = Int32(-1)
         if (expert >= 0) & (expert < a.experts_per_rank):
             most = g.ranks * a.max_tokens
-            at = base[expert * g.ranks + source] + ld_i32(record + 12 + choice * 8)
+            at = base[expert * g.ranks + source] + number
             row = expert * most + at if at < most else Int32(-1)
         return row
 

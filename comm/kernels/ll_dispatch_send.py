@@ -8,9 +8,10 @@ In rounds, a token per team:
     16 token warps  in teams of 2 to 16: bf16 columns to e4m3 with a scale per 128 columns (or the columns as they are)
     4 index warps   expert ids into shared memory; the heads of the round's tokens; in one CTA, counts to all peers
 
-then one warp of each team stores its record to the peers, a lane per rank. Rows of an expert are numbered by source
-rank and token, so the receiver puts them in an order that does not depend on timing. Bound by latency, for many
-tokens by pushing. The last CTA to be done sends `ready`.
+then one warp of each team stores its record to the peers, a lane per rank. Up to FEW_TOKENS records all token warps
+store, as words that need no flag (ll_words.py). Rows of an expert are numbered by source rank and token, so the
+receiver puts them in an order that does not depend on timing. Bound by latency, for many tokens by pushing. The last
+CTA to be done sends `ready`, where a peer may wait for it.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from cutlass.experimental import primitives as prims
 from ...cute_kernels.sm90 import ptx
 from ...cute_kernels.sm90.address import ld_id, ld_vector, st_i32
 from ..config import MAX_RANKS
-from ..ll_config import MAX_TOPK
+from ..ll_config import FEW_TOKENS, MAX_TOPK
 from .config import BF16, F32_SCALES, IDS, INDEX_WARPS, TOKEN_WARPS, UE8M0_SCALES
 from .ll_remote import RemoteGroup, put
 from .ll_verbs import (
@@ -39,6 +40,7 @@ from .ll_verbs import (
     start_next_kernel,
 )
 from .ll_waits import note_receivers, wait_ack
+from .ll_words import store_words, uses_words
 from .verbs import GMEM, Group, may_proceed, peer_base, send_count
 
 TOKEN_THREADS = 32 * TOKEN_WARPS
@@ -46,6 +48,7 @@ INDEX_THREADS = 32 * INDEX_WARPS
 THREADS = TOKEN_THREADS + INDEX_THREADS
 INDEX_BARRIER = 1
 HEAD_WORDS = 2 + 2 * MAX_TOPK
+FEW_COUNT = 1 << 30  # bit of a count of records that are words
 FP8_MAX, FP8_MIN_AMAX = 448.0, 1e-4
 
 
@@ -70,6 +73,8 @@ class LlDispatchSendArgs:
     record_bytes: Int32
     slot_bytes: Int64
     data_offset: Int64
+    words_bytes: Int64  # of a slot
+    words_offset: Int64
 
 
 @cute.jit
@@ -89,7 +94,7 @@ class DispatchSender:
 
     @cute.jit
     def send(self, g: Group, a: LlDispatchSendArgs, sm):
-        """By all threads; returns the epoch and whether this CTA did its work."""
+        """By all threads; returns the epoch, and whether the receiving half has to count it."""
         tid, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
@@ -112,7 +117,10 @@ class DispatchSender:
                 self.pack(a, sm, warp, lane, first, ctas)
             cute.arch.fence_view_async_shared()
             go = may_proceed(g, go)
-            if go & (warp < a.teams):
+            few = Boolean(a.tokens <= FEW_TOKENS) if const_expr(uses_words(g)) else Boolean(False)
+            if go & few & (warp < TOKEN_WARPS):
+                self.push_words(g, a, sm, epoch, tid, first, ctas)
+            elif go & (warp < a.teams):
                 if first + warp * ctas < a.tokens:
                     self.push(g, a, sm, epoch, warp, lane)
             elif go & (r == 0) & (cta == ctas - 1) & (warp >= TOKEN_WARPS):  # that CTA has the fewest tokens
@@ -121,8 +129,12 @@ class DispatchSender:
         if const_expr(not self.receives):
             start_next_kernel()
         cute.arch.cp_async_bulk_wait_group(0)
-        finish(g, READY, "dispatch_send", epoch, True, go, base, sm.flag.data_ptr())
-        return epoch, go
+        late = Boolean(False)
+        if const_expr(uses_words(g) and self.receives):
+            late = Boolean(a.tokens <= FEW_TOKENS)  # nobody waits for a flag, so the end of the kernel is early enough
+        if not late:
+            finish(g, READY, "dispatch_send", epoch, True, go, base, sm.flag.data_ptr())
+        return epoch, late
 
     @cute.jit
     def index_begin(self, g: Group, a: LlDispatchSendArgs, sm, epoch: Int32, thread: Int32):
@@ -185,7 +197,11 @@ class DispatchSender:
                 if const_expr(g.remote):
                     if base == 0:
                         place = outbox_of(g, epoch) + Int64(rank) * a.counts_bytes + word * 8
-                send_count(place, epoch, cute.arch.load(counters + i, Int32))
+                count = cute.arch.load(counters + i, Int32)
+                if const_expr(uses_words(g)):
+                    if (word == 0) & (a.tokens <= FEW_TOKENS):
+                        count |= FEW_COUNT
+                send_count(place, epoch, count)
         if const_expr(g.remote):
             cute.arch.barrier(barrier_id=INDEX_BARRIER, number_of_threads=INDEX_THREADS)
             self.put_counts(g, a, sm, epoch, mine, thread // 32)
@@ -341,6 +357,28 @@ class DispatchSender:
         if const_expr(g.remote):
             self.put_record(g, a, sm, epoch, team, lane)
         cute.arch.cp_async_bulk_wait_group(0, read=True)  # before the next round overwrites the record
+
+    @cute.jit
+    def push_words(self, g: Group, a: LlDispatchSendArgs, sm, epoch: Int32, thread: Int32, first: Int32, ctas: Int32):
+        """By the token warps: their team's record to every rank, as words."""
+        size = TOKEN_THREADS // a.teams
+        team = thread // size
+        if first + team * ctas < a.tokens:
+            head = cute.make_tensor(sm.heads.data_ptr() + team * HEAD_WORDS, cute.make_layout(HEAD_WORDS))
+            index = cute.make_tensor(sm.index.data_ptr() + team * MAX_RANKS, cute.make_layout(MAX_RANKS))
+            bases = sm.bases.get_tensor(cute.make_layout(MAX_RANKS))
+            record = sm.data.data_ptr() + team * a.record_bytes
+            words = cute.make_tensor(cute.recast_ptr(record, dtype=Int32), cute.make_layout(1 << 16))
+            few = a.max_tokens if a.max_tokens < FEW_TOKENS else Int32(FEW_TOKENS)
+            slot = a.words_offset + Int64(slot_of(epoch)) * a.words_bytes
+            for i in cutlass.range(thread % size, record_size(a) // 8, size, unroll=1):
+                one, other = words[2 * i], words[2 * i + 1]
+                if 8 * i < a.head_bytes:
+                    one, other = head[2 * i], head[2 * i + 1]
+                for rank in cutlass.range(g.ranks, unroll=1):
+                    if index[rank] >= 0:
+                        at = Int64(g.rank * few + index[rank]) * a.record_bytes * 2
+                        store_words(bases[rank] + slot + at + i * 16, one, other, epoch)
 
     @cute.jit
     def put_record(self, g: RemoteGroup, a: LlDispatchSendArgs, sm, epoch: Int32, team: Int32, lane: Int32):

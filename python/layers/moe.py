@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cutehop.cute_kernels.errors import check
-from cutehop.layers.moe_shared import Fp8SharedExpert, SharedExpert, is_swiglu, quantized
+from cutehop.layers.moe_shared import Fp8SharedExpert, SharedExpert
 from cutehop.layers.moe_weights import MoeExperts, local_slice
 
 _ops = torch.ops.cutehop
@@ -90,6 +90,7 @@ class MoeRouter(nn.Module):
 class ExpertParallelMoE(nn.Module):
     """The MoE block of a DeepSeek-V3-shaped model; parameters have transformers' names, `gate.weight`,
     `gate.e_score_correction_bias`, `experts.gate_up_proj`, `experts.down_proj`, `shared_experts.*`.
+    An Fp8SharedExpert has names of its own and loads the published ones.
 
     A layer names its buffers, it does not keep them alive. Calls with a buffer are collective: all ranks make them, and
     backward, in the same order, a rank without tokens too. Router and shared expert are on every rank: where a loss is
@@ -206,16 +207,16 @@ class ExpertParallelMoE(nn.Module):
         up, down = weights(count, 2 * inner, hidden), weights(count, hidden, inner)
         experts = MoeExperts(up, down, first=first, num_experts=num_experts)
         if is_fp8:
-            return cls(gate, experts.quantized(), shared and quantized(shared), **options)
+            return cls(gate, experts.quantized(), shared and shared.quantized(), **options)
         return cls(gate, experts, shared, **options)
 
     def quantize_weights(self) -> ExpertParallelMoE:
-        """This layer, its experts cast to FP8 with a scale per 128 x 128 block; the router stays, and so does a shared
-        expert that is not three Linear without bias, gate_proj, up_proj and down_proj. No gradients reach its input or
-        its experts from then on."""
+        """This layer, its experts and its SharedExpert cast to FP8 with a scale per 128 x 128 block. The router stays,
+        and so does a shared expert of any other class, transformers' too: what it computes is not known here. No
+        gradients reach the layer's input or its experts from then on."""
         self.experts = self.experts.quantized()
-        if self.shared_experts is not None and is_swiglu(self.shared_experts):
-            self.shared_experts = quantized(self.shared_experts)
+        if type(self.shared_experts) is SharedExpert:  # a subclass may compute something else
+            self.shared_experts = self.shared_experts.quantized()
         return self
 
     def forward(self, hidden_states: Tensor, low_latency: bool = False) -> Tensor:

@@ -27,12 +27,17 @@ class SharedExpert(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
+    def quantized(self) -> Fp8SharedExpert:
+        """The same expert in FP8. H and the columns in between are multiples of 128."""
+        gate, up, down = (getattr(self, part).weight.detach() for part in PARTS)
+        return Fp8SharedExpert(MoeExperts(torch.cat([gate, up])[None], down[None]).quantized())
+
 
 class Fp8SharedExpert(nn.Module):
     """The same with weights in float8_e4m3fn, one float32 factor per 128 x 128 block of them; no gradients.
 
-    expert: MoeExperts of the one expert. load_state_dict also takes the names of published checkpoints,
-    "gate_proj.weight", "gate_proj.weight_scale_inv" and so on.
+    expert: MoeExperts of the one expert, so that parameters are `expert.gate_up_proj` (1, 2 * I, H) and so on.
+    load_state_dict also takes the names of published checkpoints, "gate_proj.weight", "gate_proj.weight_scale_inv", ...
     """
 
     def __init__(self, expert: MoeExperts) -> None:
@@ -56,15 +61,3 @@ class Fp8SharedExpert(nn.Module):
                 if value is not None:
                     state_dict[f"{prefix}expert.0.{part}.{leaf}"] = value
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def is_swiglu(module: nn.Module) -> bool:
-    """Whether a module is a SharedExpert, or one of a model that has its parts."""
-    parts = [getattr(module, part, None) for part in PARTS]
-    return all(isinstance(part, nn.Linear) and part.bias is None for part in parts)
-
-
-def quantized(shared: nn.Module) -> Fp8SharedExpert:
-    """A SharedExpert, or a module with its parts, in FP8. H and I are multiples of 128."""
-    gate, up, down = (getattr(shared, part).weight.detach() for part in PARTS)
-    return Fp8SharedExpert(MoeExperts(torch.cat([gate, up])[None], down[None]).quantized())

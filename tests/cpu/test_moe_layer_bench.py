@@ -10,7 +10,7 @@ import torch
 
 from tools.bench import moe_layer, moe_layer_rank
 from tools.bench.ep_timing import Team
-from tools.bench.moe_layer_setting import TOLERANCE, Setting, TorchMoE, expected
+from tools.bench.moe_layer_setting import TOLERANCE, Fp8Swiglu, Setting, TorchMoE, expected
 
 CPU = torch.device("cpu")
 TINY = Setting(9, hidden=256, inner=128, experts=16, topk=4, groups=4, topk_groups=2)
@@ -35,6 +35,15 @@ def test_the_baseline_is_the_layer():
     want = expected(TINY, layer, x)
     for call in (layer, TorchMoE(layer, fp8=False)):
         assert (call(x).float() - want).norm() < TOLERANCE[False] * want.norm()
+
+
+@torch.no_grad()
+def test_the_shared_expert_of_the_fp8_baseline():
+    """As far from the layer's as its casts are, which torch has on a CPU for the shared expert alone."""
+    shared, x = TINY.make_layer(CPU).shared_experts, TINY.make_tokens(0, CPU)
+    want = shared(x).float()
+    error = (Fp8Swiglu(shared)(x).float() - want).norm() / want.norm()
+    assert 0.01 < error < TOLERANCE[True]
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])

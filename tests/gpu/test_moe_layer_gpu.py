@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cutehop.ref.quant import dequantize_blocks
 from tests import moe_training as training
-from tests.moe_layer_cases import Sizes, assert_as_exact, dense
+from tests.moe_layer_cases import Sizes, assert_as_exact, dense, dense_state
 
 pytestmark = pytest.mark.gpu
 
@@ -29,11 +28,7 @@ def test_values(n):
 @torch.no_grad()
 def exact(layer, x):
     """The block in float64 on the CPU, with the experts that `layer` chooses for x, and its weights if they are FP8."""
-    state = {name: value.cpu() for name, value in layer.state_dict().items()}
-    for name in ("experts.gate_up_proj", "experts.down_proj"):
-        if layer.experts.is_fp8:
-            state[name] = dequantize_blocks(state[name], state[f"{name}_scale_inv"])
-    return dense(SIZES, state, x.cpu().double(), layer.gate(x)[0].cpu())
+    return dense(SIZES, dense_state(layer), x.cpu().double(), layer.gate(x)[0].cpu())
 
 
 @pytest.mark.parametrize("n", [1, 33, 700])

@@ -57,7 +57,7 @@ def stages(layer: ExpertParallelMoE, x: Tensor) -> dict[str, Callable[[], Any]]:
         "unpermute": lambda: _ops.moe_unpermute(y, pair_row, weights),
     }
     if layer.shared_experts is not None:
-        found["shared"] = lambda: layer.shared_experts(x)  # type: ignore[misc]
+        found["shared"] = lambda: layer._shared(x, rows, scales)
     return found
 
 
