@@ -89,6 +89,15 @@ def test_what_crosses_gpus_is_of_system_scope(kernel):
         assert "st.relaxed.sys" in bundle.ptx, "counts, acknowledgements"
 
 
+@pytest.mark.parametrize("variant", [each for each in VARIANTS if "ll_dispatch" in name_of(each)], ids=name_of)
+def test_few_tokens_are_dispatched_as_words(variant):
+    """64 bits with their epoch, written and read as a whole; not where ranks may be left out."""
+    function, config = variant
+    ptx = function.bundle(config).ptx
+    assert ("st.relaxed.sys.global.v2.b64" in ptx) == (config.sends and not config.elastic)
+    assert ("ld.relaxed.sys.global.v2.b64" in ptx) == (config.receives and not config.elastic)
+
+
 def test_every_wait_has_a_deadline(kernel):
     """A poll of a flag is a loop that reads the clock. mbarriers wait for copies, which end by themselves."""
     name, bundle = kernel

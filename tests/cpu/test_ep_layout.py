@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cutehop.comm.config import LINE, MAX_RANKS, EpConfig, round_up
 from cutehop.comm.layout import ERROR_WORDS, ROW_ALIGN, EpLayout
+from cutehop.comm.ll_config import FEW_TOKENS, SLOTS, LlConfig, LlLayout
 
 KiB, MiB = 2**10, 2**20
 V3 = EpConfig(ranks=8, hidden=7168, max_tokens=4096, num_experts=256, max_topk=8)
@@ -259,3 +260,11 @@ def test_a_value_that_is_no_int_is_refused(field, value):
 def test_a_bound_that_is_no_int_is_refused():
     with pytest.raises(TypeError, match=r"EpConfig: max_recv_tokens 24576\.0 is float, must be an int"):
         dataclasses.replace(V3, max_recv_tokens=24576.0)
+
+
+def test_low_latency_memory_of_deepseek():
+    """128 tokens per rank on 8 ranks in 64 MiB, and the words of few tokens apart from all else."""
+    layout = LlLayout(LlConfig(8, 7168, 128, 256, 8))
+    assert layout.heap_bytes <= 64 * MiB
+    assert layout.words.item_bytes >= 2 * 8 * FEW_TOKENS * layout.config.record_bytes
+    assert layout.words.offset >= layout.data.offset + SLOTS * layout.config.slot_bytes
