@@ -17,7 +17,8 @@ from ..config import MAX_RANKS
 from . import ll_dispatch_receive, ll_dispatch_send
 from .config import COPY_WARPS, IDS, MAX_EXPERTS, MAX_TEAMS, Parts, ll_dispatch_data_bytes
 from .ll_dispatch_receive import DispatchReceiver, LlDispatchReceiveArgs
-from .ll_dispatch_send import HEAD_WORDS, DispatchSender, LlDispatchSendArgs
+from .ll_dispatch_send import DispatchSender, LlDispatchSendArgs
+from .ll_records import HEAD_WORDS
 from .ll_verbs import group_of, name_of
 from .verbs import Group
 

@@ -21,7 +21,7 @@ from ...cute_kernels.sm90.address import ld_i32, st_i32, st_i64
 from ..config import MAX_RANKS
 from ..ll_config import FEW_TOKENS
 from .config import COPY_WARPS, MAX_EXPERTS, RECORD_PIECE
-from .ll_dispatch_send import FEW_COUNT
+from .ll_records import FEW_COUNT
 from .ll_verbs import (
     ACK,
     COUNTS,

@@ -26,6 +26,7 @@ from ...cute_kernels.sm90.address import ld_id, ld_vector, st_i32
 from ..config import MAX_RANKS
 from ..ll_config import FEW_TOKENS, MAX_TOPK
 from .config import BF16, F32_SCALES, IDS, INDEX_WARPS, TOKEN_WARPS, UE8M0_SCALES
+from .ll_records import FEW_COUNT, HEAD_WORDS, record_size
 from .ll_remote import RemoteGroup, put
 from .ll_verbs import (
     COUNTS,
@@ -47,8 +48,6 @@ TOKEN_THREADS = 32 * TOKEN_WARPS
 INDEX_THREADS = 32 * INDEX_WARPS
 THREADS = TOKEN_THREADS + INDEX_THREADS
 INDEX_BARRIER = 1
-HEAD_WORDS = 2 + 2 * MAX_TOPK
-FEW_COUNT = 1 << 30  # bit of a count of records that are words
 FP8_MAX, FP8_MIN_AMAX = 448.0, 1e-4
 
 
@@ -75,16 +74,6 @@ class LlDispatchSendArgs:
     data_offset: Int64
     words_bytes: Int64  # of a slot
     words_offset: Int64
-
-
-@cute.jit
-def record_size(a: LlDispatchSendArgs):
-    """Bytes of a record that are sent."""
-    size = a.head_bytes + a.hidden * 2
-    if a.format != BF16:
-        words_of_scales = (a.hidden // 128 + 3) // 4 if a.format == UE8M0_SCALES else a.hidden // 128
-        size = a.head_bytes + (a.hidden + words_of_scales * 4 + 15) // 16 * 16
-    return size
 
 
 class DispatchSender:
