@@ -1,4 +1,4 @@
-"""Grouped GEMM for few rows per expert, sm_90a. Importing this needs neither the DSL nor a GPU."""
+"""Grouped GEMM for few rows of few experts, sm_90a. Importing this needs neither the DSL nor a GPU."""
 
 from ..jit import Program, compiled
 from .config import DTYPES, EPILOGUES, TILES_N, GemmDecodeConfig

@@ -1,5 +1,5 @@
 """CUDA bodies of the grouped GEMM ops: choose the kernel, describe the operands by tensor maps, launch. Calls with few
-rows per expert go to ops/_gemm_decode_cuda.py.
+rows of few experts go to ops/_gemm_decode_cuda.py.
 
 The ops have checked their arguments by then (ops/_moe_checks.py). What depends only on shapes, strides, dtypes and the
 addresses of a and b is worked out once and remembered as a `_Call`; a warm call looks it up and packs pointers.

@@ -1,8 +1,8 @@
-"""Scratch memory of MLA decode: partial results, the counters that pieces are merged by, and the word for faults.
+"""Scratch memory of MLA decode and the grouped GEMMs: partial results, counters, and MLA's word for faults.
 
 Calls on one stream run one after the other and share scratch memory that only grows. A captured call gets partial
 results of its own, since the graph's replays may run on any stream; calls that one capture puts on one stream share
-counters. Counters are zero before the first launch, and launches leave them so, whatever the plan (cute_kernels/mla).
+counters. Counters are zero before the first launch, and launches leave them so, whatever they are given.
 
 A kernel that finds a plan that is not of its call says so in a word of pinned host memory. The next call that uses the
 word raises; reading it is free, and waits for nothing. Captured calls have one word per device, which every call reads.
