@@ -39,6 +39,12 @@ def test_choice_is_no_wider_than_the_rows_there_can_be():
     assert set(widths) == set(cfg.TILES_N)
 
 
+@pytest.mark.parametrize(("tokens", "tile_n"), [(1, 16), (8, 16), (32, 32), (64, 32), (128, 64)])
+def test_choice_for_what_ranks_send_in_a_decode_step(tokens, tile_n):
+    """8 ranks with so many tokens each, 8 of 256 experts per token: tokens / 4 rows per expert in the mean."""
+    assert cfg.choose("bf16", "store", tokens / 4, 1 << 20).tile_n == tile_n
+
+
 @pytest.mark.parametrize("config", [config for _, config in VARIANTS], ids=str)
 def test_stages_keep_enough_bytes_under_way(config):
     """An SM's share of the memory system's bandwidth, 22 bytes/ns, times a latency of 1.5 us under load, and the block

@@ -43,7 +43,12 @@ def bundle(bundles, config) -> Bundle:
 
 def test_every_dtype_has_every_epilogue():
     wide = {(c.dtype, c.epilogue) for c in CONFIGS if (c.tile_m, c.tile_n) == cfg.WIDE}
+    tall, middle = (
+        {(c.dtype, c.epilogue) for c in CONFIGS if (c.tile_m, c.tile_n) == tile} for tile in (cfg.TALL, cfg.MIDDLE)
+    )
     assert wide == {(dtype, epilogue) for dtype in cfg.TILES for epilogue in cfg.EPILOGUES}
+    assert tall == {("bf16", "store"), ("bf16", "swiglu")}
+    assert middle == {("fp8", "store"), ("fp8", "swiglu")}
     assert len(CONFIGS) == len(set(CONFIGS))
 
 
