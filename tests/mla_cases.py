@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cutehop.ref import mla as ref
+from cutehop.ref import mla_plan as planner
 
 HEAD_PAIRS = tuple(  # (h_q, h_kv), FlashMLA's 16
     (h_q, h_kv) for h_q in (1, 3, 9, 63, 64, 126, 128) for h_kv in (1, 2, 3, 8) if h_q % h_kv == 0
@@ -158,6 +159,16 @@ def _build_cache(case: MlaCase, lengths: Tensor, generator: torch.Generator) -> 
         wide[:, 3 : 3 + max_pages] = table
         table = wide[:, 3 : 3 + max_pages]
     return k_cache, table
+
+
+def blocks_by_pieces(h_q: int) -> dict[int, int]:
+    """The shortest sequence, in blocks, that a plan for it alone on 132 SMs cuts into so many pieces."""
+    found: dict[int, int] = {}
+    partitions = planner.num_partitions(1, h_q, 1, 132)
+    for blocks in range(1, 1200):
+        (pieces,) = planner.schedule([64 * blocks], partitions, h_q)[2]
+        found.setdefault(pieces, blocks)
+    return found
 
 
 def matrix(

@@ -8,6 +8,8 @@ from ..gemm_decode import config as decode
 EPILOGUES = ("store", "swiglu", "swiglu_fp8")
 WIDE, TALL, MIDDLE = (128, 256), (256, 128), (192, 128)  # (tile_m, tile_n)
 TILES = {"bf16": (WIDE, TALL), "fp8": (WIDE, MIDDLE)}
+FEWEST_ROWS = {"bf16": 1, "fp8": 2}  # mean rows per expert up to which an expert without rows is likely
+LONG_K = 3072  # from which on one tile more for some SMs than for others costs more than sharing out all bytes equally
 MIDDLE_ROWS = {"bf16": (112, 256), "fp8": (112, 176)}  # mean rows per expert, from and to, for which not the wide tile
 UNIT = 64  # rows of one wgmma, of one TMA box of activations, and that a tile may have fewer than others
 GROUP = 128  # columns that share a scale, of activations and of weights
@@ -100,18 +102,21 @@ def choose(
     masked: bool,
     expected_rows: int,
     weight_rows: int,
+    k: int,
     num_sms: int,
 ) -> GemmConfig | decode.GemmDecodeConfig:
     """The kernel of a call, from shapes and the caller's hint alone.
 
     limit: rows of all experts together, or if masked of each. expected_rows: mean rows per expert; 0: as many as fit.
-    Few rows of few experts would leave most SMs without a tile: another kernel shares the weights' bytes out equally.
-    Where a wide tile is too low for most experts and two are mostly empty, there is one of half the columns.
+    Few rows of few experts would leave most SMs without a tile, and with the fewest rows there may be little more than
+    one long tile for each: another kernel shares the weights' bytes out equally. Where a wide tile is too low for most
+    experts and two are mostly empty, there is one of half the columns.
     """
     mean = expected_rows or (limit if masked else -(-limit // experts))
     few = decode.choose(dtype, epilogue, mean, limit)
-    tiles = experts * few.column_tiles(weight_rows)
-    if few.fits(mean, limit) and 2 * tiles <= num_sms:
+    column_tiles = few.column_tiles(weight_rows)
+    uneven = mean <= FEWEST_ROWS[dtype] and k >= LONG_K and 4 * column_tiles <= num_sms
+    if few.fits(mean, limit) and experts <= decode.MAX_EXPERTS and (uneven or 2 * experts * column_tiles <= num_sms):
         return few
     config = GemmConfig(dtype, epilogue, *TILES[dtype][1])
     low, high = MIDDLE_ROWS[dtype]

@@ -1,5 +1,7 @@
 """MLA decode for sm_90a: planner, split-KV decode, merge. Importing this needs neither the DSL nor a GPU."""
 
+from itertools import product
+
 from ..jit import Program, compiled
 from .config import PAGE_SIZES, CombineConfig, DecodeConfig, PlanConfig
 
@@ -29,6 +31,7 @@ def variants():
     """Every kernel of this family, as (compiled function, config)."""
     dtypes = ("bf16", "f16")
     yield plan_kernel, PlanConfig()
-    yield from ((decode_kernel, DecodeConfig(dtype, page)) for dtype in dtypes for page in PAGE_SIZES)
+    for dtype, page, spread in product(dtypes, PAGE_SIZES, (False, True)):
+        yield decode_kernel, DecodeConfig(dtype, page, spread)
     shapes = ((4, 2), (8, 1), (16, 1))
     yield from ((combine_kernel, CombineConfig(dtype, *shape)) for dtype in dtypes for shape in shapes)

@@ -9,6 +9,7 @@ TILE_M = 64  # packed (token, head) rows per CTA: one wgmma M
 NUM_SLABS = HEAD_DIM // 64  # 64-column slabs of one block, 8 KiB each
 SLAB_BYTES = BLOCK * 64 * 2
 VISIT_COST = 4  # planner: what starting and finishing one piece costs, in blocks
+COST_UNIT = 120  # planner: of a block
 MERGE_MAX = 2  # pieces that the decode kernel merges itself; sequences in more are left to the combine kernel
 # Columns of the plan: 0 to 4 are work.Record's, then
 COMBINE_REQ = 5  # row i holds the i-th sequence left to combine, or the batch size behind the last
@@ -18,7 +19,8 @@ CUT_SHIFT = 12
 CUT_PIECES = (1 << CUT_SHIFT) - 1  # more pieces are written as so many
 PAGE_SIZES = (16, 32, 64, 128)
 COMBINE_THREADS = 256
-PLAN_THREADS = 32
+PLAN_WAYS = 4  # to cut that the planner compares, a warp each
+PLAN_THREADS = 32 * PLAN_WAYS
 RESCALE_LOG2 = 8.0  # O is rescaled only when a row maximum grew by more than 2**8
 WARPS_OUT = 8  # math warps: each stores 16 rows x 256 columns of a partial result
 ARRIVALS = 32  # counters of a combined sequence's tile: one per 16 rows x 64 columns, each read by one combine CTA
@@ -34,10 +36,14 @@ FAULT_MERGE = 4  # a piece did not arrive
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """One compiled decode kernel. dtype: "bf16" | "f16"; page_size: 16 | 32 | 64 | 128 tokens."""
+    """One compiled decode kernel. dtype: "bf16" | "f16"; page_size: 16 | 32 | 64 | 128 tokens.
+
+    spread: the first partitions do not go to neighbouring SMs, see `few_sequences`.
+    """
 
     dtype: str
     page_size: int
+    spread: bool = False
 
     @property
     def box_rows(self) -> int:
@@ -67,22 +73,17 @@ class PlanConfig:
     """The planner has one variant."""
 
 
-def min_piece(rows: int) -> int:
-    """Fewest blocks worth a piece of its own: more rows make partial results dearer to merge."""
-    return 1 if rows <= TILE_M else 2
+def plan_costs(rows: int) -> tuple[int, int, int, int, int]:
+    """Planner, in 1/COST_UNIT blocks: load, merge, merge_piece, combine, combine_piece of cutehop.ref.mla_plan."""
+    return (120, 180, 3, 0, 2) if rows <= 32 else (216, 360, 2, 180, 4)
 
 
-def combine_cost(rows: int) -> int:
-    """Planner: what a call pays, in blocks, if any sequence needs the combine kernel: little where rows are few."""
-    return 0 if rows <= 32 else 3
-
-
-def max_combines(batch: int, partitions: int, rows: int, max_blocks: int, split_blocks: int) -> int:
+def max_combines(batch: int, partitions: int, max_blocks: int, split_blocks: int) -> int:
     """Most sequences that a plan can leave to the combine kernel, from shapes alone.
 
     Each takes at least MERGE_MAX of the P - 1 cuts, and has more than MERGE_MAX pieces of which only one may be short.
     """
-    if max_blocks <= MERGE_MAX * (split_blocks or min_piece(rows)):
+    if max_blocks <= MERGE_MAX * (split_blocks or 1):
         return 0
     return batch if split_blocks else min(batch, (partitions - 1) // MERGE_MAX)
 
@@ -101,23 +102,38 @@ def arrivals(slots: int) -> int:
     return -(-slots // (MERGE_MAX + 1)) * ARRIVALS
 
 
-def combine_shape(batch: int, partitions: int, split_blocks: int) -> tuple[int, int]:
+def few_sequences(batch: int, partitions: int) -> bool:
+    """Whether a plan may well leave half of the partitions empty. With more sequences that is rare, and neighbours had
+    better be row tiles of one partition, which read the same keys."""
+    return partitions >= 6 * batch
+
+
+def combine_chunk(batch: int, rows: int, h_kv: int) -> int:
+    """Pieces that the combine kernel loads at a time, unless cuts are fixed: see cutehop.ref.mla_plan."""
+    ctas = batch * h_kv * row_tiles(rows, 1) * row_groups(rows) * 8
+    if ctas <= 128:
+        return 16
+    return 8 if ctas < 512 else 4
+
+
+def combine_shape(batch: int, rows: int, h_kv: int, split_blocks: int) -> tuple[int, int]:
     """(chunk, vectors). Few sequences have many pieces each; many have few, and their CTAs had better be few.
 
     With fixed splits the order of additions must not depend on the batch.
     """
-    if split_blocks == 0 and partitions < 6 * batch:
-        return 4, 2
-    return (16, 1) if split_blocks == 0 and partitions >= 24 * batch else (8, 1)
+    chunk = 8 if split_blocks else combine_chunk(batch, rows, h_kv)
+    return chunk, 2 if chunk == 4 else 1
 
 
 def combine_grid(config: CombineConfig, combines: int, tiles: int, rows: int, num_sms: int) -> tuple[int, int, int]:
-    """CTAs of a call: as many as are resident at a time, each taking one part of sequence after sequence.
+    """CTAs of a call: as few as take no longer than all that can be resident, each taking a part of sequence after
+    sequence.
 
     tiles: row tiles of a slot, over all kv heads. rows: of one sequence and kv head.
     """
     parts = tiles * 2 * row_groups(rows) * (4 // config.vectors)
-    return parts, max(min(combines, num_sms * config.ctas_per_sm // parts), 1), 1
+    turns = -(-combines // max(num_sms * config.ctas_per_sm // parts, 1))
+    return parts, -(-combines // turns), 1
 
 
 def row_groups(rows: int) -> int:

@@ -1,6 +1,6 @@
 """What the roles of the decode kernel share: shared memory, barriers, and where a thread stands."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cutlass.cute as cute
 from cutlass import Boolean, Int32
@@ -47,13 +47,27 @@ class Shared:
 class Place:
     """Which work a CTA has, and which rows of it a math thread has."""
 
-    tile: Int32
-    kv_head: Int32
-    part: Int32
+    work: tuple | cute.Tensor  # row tile, kv head, partition; what is not block_idx takes registers or shared memory
     belongs: Boolean  # the plan is of this call; if not, there is no work
     wg: Int32  # 0 or 1, uniform in a warp
     t: Int32  # thread of the warpgroup
     row: Int32  # the thread's rows are row and row + 8
+
+    def in_registers(self):
+        """The same, read once: for loops that use it often and have registers to spare."""
+        return replace(self, work=(self.tile, self.kv_head, self.part))
+
+    @property
+    def tile(self):
+        return self.work[0]
+
+    @property
+    def kv_head(self):
+        return self.work[1]
+
+    @property
+    def part(self):
+        return self.work[2]
 
 
 def sync_math():

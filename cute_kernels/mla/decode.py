@@ -36,7 +36,7 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hh
-from cutlass import BFloat16, Float16, Float32, GridConstant, Int32, Int64
+from cutlass import BFloat16, Float16, Float32, GridConstant, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.experimental.cuda.tensor_map import TensorMap, create_tensor_map_tiled
 from cutlass.memory import SmemAllocator
@@ -59,6 +59,7 @@ class MlaDecode(Loaders, Math):
         self.page = config.page_size
         self.box_rows = config.box_rows
         self.boxes = BLOCK // self.box_rows
+        self.spread = config.spread
 
         @cute.struct
         class Smem:
@@ -73,6 +74,7 @@ class MlaDecode(Loaders, Math):
             ticket: cute.struct.MemRange[Int32, 1]
             cuts: cute.struct.MemRange[Int32, 3]
             addresses: cute.struct.MemRange[Int64, 2]
+            work: cute.struct.MemRange[Int32, 3]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, TILE_M * HEAD_DIM], 1024]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * BLOCK * HEAD_DIM], 1024]
             p0: cute.struct.Align[cute.struct.MemRange[self.dtype, TILE_M * BLOCK], 1024]
@@ -111,6 +113,21 @@ class MlaDecode(Loaders, Math):
 
     # ---------------------------------------------------------------------------------------------- device
 
+    @cute.jit
+    def spread_work(self, work: cute.Tensor):
+        """Row tile, kv head and partition of this CTA, by one thread.
+
+        The hardware gives CTAs that follow each other to the two SMs of a pair, which share a path to memory. Where
+        there is little work only the first partitions have any, so those go to every other CTA.
+        """
+        x, y, z = cute.arch.block_idx()
+        tiles, kv_heads, partitions = cute.arch.grid_dim()
+        index = x + tiles * (y + kv_heads * z)
+        turn = index // 2 + (index % 2) * ((tiles * kv_heads * partitions + 1) // 2)
+        work[0] = turn % tiles
+        work[1] = turn // tiles % kv_heads
+        work[2] = turn // (tiles * kv_heads)
+
     @cute.kernel
     def kernel(
         self,
@@ -119,9 +136,9 @@ class MlaDecode(Loaders, Math):
         args: DecodeArgs,
     ):
         tid, _, _ = cute.arch.thread_idx()
-        tile, kv_head, part = cute.arch.block_idx()
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         sm = SmemAllocator().allocate(self.Smem)
+        work = sm.work.get_tensor(cute.make_layout(3)) if const_expr(self.spread) else cute.arch.block_idx()
         if tid == 0:
             cute.arch.mbarrier_init(sm.q_full.data_ptr(), 1)
             cute.arch.mbarrier_init(sm.q_empty.data_ptr(), 2)
@@ -129,6 +146,8 @@ class MlaDecode(Loaders, Math):
                 cute.arch.mbarrier_init(sm.k_full.data_ptr() + i, 1)
             for i in cutlass.range_constexpr(4):
                 cute.arch.mbarrier_init(sm.k_empty.data_ptr() + i, 1)
+            if const_expr(self.spread):
+                self.spread_work(work)
         cute.arch.mbarrier_init_fence()
         atom = self.swizzle_atom()
         slab = cute.tile_to_shape(atom, (64, 64), order=(0, 1))
@@ -160,7 +179,7 @@ class MlaDecode(Loaders, Math):
         t = tid % WG
         _, _, partitions = cute.arch.grid_dim()
         belongs = plan_belongs(args.plan, partitions, args.batch, args.split_blocks)
-        place = Place(tile, kv_head, part, belongs, wg, t, (t // 32) * 16 + (t % 32) // 4)
+        place = Place(work, belongs, wg, t, (t // 32) * 16 + (t % 32) // 4)
         if wg == 2:
             cute.arch.setmaxregister_decrease(40)
             if warp_id == 8:
@@ -176,7 +195,7 @@ class MlaDecode(Loaders, Math):
 def program(config: DecodeConfig) -> Program:
     """The host function and the fake arguments that compile one variant."""
     kernel = MlaDecode(config)
-    name = f"cutehop_mla_decode_{config.dtype}_page{config.page_size}"
+    name = f"cutehop_mla_decode_{config.dtype}_page{config.page_size}{'_spread' * config.spread}"
     kernel.kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
     return Program(
         host=kernel,

@@ -21,6 +21,7 @@ class Loaders:
     @cute.jit
     def load_k(self, desc, a: DecodeArgs, s: Shared, c: Place, lane: Int32):
         """All halves of all blocks, as soon as the math frees their place; runs ahead into the next piece."""
+        c = c.in_registers()
         record = load_record(a, c.part, c.belongs)
         req, block, seqlen = record.req, record.block, record.seqlen
         phase0, phase1 = Int32(1), Int32(1)
@@ -86,6 +87,7 @@ class Loaders:
     @cute.jit
     def load_q(self, desc, a: DecodeArgs, s: Shared, c: Place):
         """Rows past the tile's last are whatever lies there, or zeros: rows don't mix, and theirs are not stored."""
+        c = c.in_registers()
         record = load_record(a, c.part, c.belongs)
         req, block, seqlen = record.req, record.block, record.seqlen
         phase = Int32(1)

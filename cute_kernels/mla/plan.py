@@ -1,24 +1,38 @@
 """Split-KV planner on the device: which blocks of which sequences each partition works on.
 
-The cost of a piece is its blocks plus VISIT_COST. A partition is filled in request order up to W; the planner takes the
-smallest W with which the partitions suffice, unless halves of the longest sequence save the combine kernel at little
-cost. ref/mla_plan.py is the same in plain Python, bit for bit.
+The cost of a piece is its blocks plus VISIT_COST. A partition is filled in request order up to W, the smallest with
+which the partitions suffice. Four ways to cut are compared by what W and the merging should take together.
+ref/mla_plan.py is the same in plain Python, bit for bit.
 
-One warp: every lane tries one W, lane 0 then writes the plan. Serial over sequences and partitions, once per decode
-step: the plan serves all layers.
+A warp for each way to cut: every lane tries one W, lane 0 of the first warp then writes the plan. Serial over sequences
+and partitions, once per decode step: the plan serves all layers.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Int32, Int64, const_expr
+from cutlass.memory import SmemAllocator
 
 from ..jit import Program
 from ..sm90.args import fake_args, param_kinds
 from ..sm90.gmem import load_i32, store_i32
-from .config import COMBINE_REQ, CUT, CUT_PIECES, CUT_SHIFT, MERGE_MAX, PLAN_THREADS, SEQLEN, VISIT_COST, PlanConfig
+from .config import (
+    COMBINE_REQ,
+    COST_UNIT,
+    CUT,
+    CUT_PIECES,
+    CUT_SHIFT,
+    MERGE_MAX,
+    PLAN_THREADS,
+    PLAN_WAYS,
+    SEQLEN,
+    VISIT_COST,
+    PlanConfig,
+)
 from .work import num_blocks
 
 
@@ -31,15 +45,26 @@ class PlanArgs:
     num_splits: cute.Pointer  # int32 (b + 1,)
     batch: Int32
     partitions: Int32
-    min_piece: Int32  # blocks
+    chunk: Int32  # pieces that the combine kernel loads at a time
     row_tiles: Int32
-    combine_cost: Int32  # blocks
+    tiles: Int32  # of all kv heads
+    load: Int32  # config.plan_costs
+    merge: Int32
+    merge_piece: Int32
+    combine: Int32
+    combine_piece: Int32
     split_blocks: Int32
 
 
 class MlaPlan:
     def __init__(self, config: PlanConfig):
-        pass
+        @cute.struct
+        class Smem:
+            costs: cute.struct.MemRange[Int64, PLAN_WAYS]
+            widths: cute.struct.MemRange[Int32, PLAN_WAYS]
+            shortest: cute.struct.MemRange[Int32, PLAN_WAYS]
+
+        self.Smem: Any = Smem
 
     @cute.jit
     def __call__(self, args: PlanArgs, stream: cuda.CUstream):
@@ -49,7 +74,12 @@ class MlaPlan:
 
     @cute.kernel
     def kernel(self, a: PlanArgs):
-        lane, _, _ = cute.arch.thread_idx()
+        tid, _, _ = cute.arch.thread_idx()
+        lane, way = tid % 32, cute.arch.make_warp_uniform(tid // 32)
+        sm = SmemAllocator().allocate(self.Smem)
+        costs = sm.costs.get_tensor(cute.make_layout(PLAN_WAYS))
+        widths = sm.widths.get_tensor(cute.make_layout(PLAN_WAYS))
+        shortests = sm.shortest.get_tensor(cute.make_layout(PLAN_WAYS))
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         cost, total, longest = Int32(0), Int32(0), Int32(1)
@@ -65,22 +95,53 @@ class MlaPlan:
         total = cute.arch.warp_redux_sync(total, "add")
         longest = cute.arch.warp_redux_sync(longest, "max")
         share = (cost + a.partitions - 1) // a.partitions
-        shortest = a.min_piece
+        few = Int32(1)
+        while 2 * a.chunk * few * few < longest:
+            few += 1
+        least, shortest = few, Int32(1)
+        if way == 1:
+            least = 2 * few
+        if way >= 2:
+            least = (longest + 1) // 2 if way == 2 else longest
+            shortest = least
         if a.split_blocks > 0:
-            shortest = a.split_blocks if a.split_blocks < longest else longest
-        lowest = shortest + VISIT_COST if shortest + VISIT_COST > share else share
-        width, pieces = self.search(a, shortest, lowest, Int32(1 << 30), lane)
-        if (pieces > MERGE_MAX) & (a.split_blocks == 0):
-            floor = VISIT_COST + (total * 9) // (5 * a.partitions * a.row_tiles)
-            half = (longest + 1) // 2
-            half = half if half > shortest else shortest
-            lowest = half + VISIT_COST if half + VISIT_COST > share else share
-            highest = (width if width > floor else floor) + a.combine_cost
-            coarse, _ = self.search(a, half, lowest, highest, lane)
-            if coarse > 0:
-                width = coarse
-                shortest = half
-        used, _ = self.fill(True, a, width, shortest, lane)
+            least = a.split_blocks if a.split_blocks < longest else longest
+            shortest = least
+        lowest = least + VISIT_COST if least + VISIT_COST > share else share
+        highest = lowest + 31 if way >= 2 else Int32(1 << 30)
+        if (way > 0) & (a.split_blocks > 0):  # fixed cuts: one way
+            highest = Int32(0)
+        width, pieces, slots = self.search(a, shortest, lowest, highest, lane)
+        if lane == 0:
+            costs[way] = self.cost(a, width, pieces, slots, total)
+            widths[way] = width
+            shortests[way] = shortest
+        cute.arch.sync_threads()
+        if way == 0:
+            best = costs[0]
+            for i in cutlass.range_constexpr(1, PLAN_WAYS):
+                if costs[i] < best:
+                    best = costs[i]
+                    width = widths[i]
+                    shortest = shortests[i]
+            self.write(a, width, shortest, lane)
+
+    @cute.jit
+    def cost(self, a: PlanArgs, width: Int32, pieces: Int32, slots: Int32, total: Int32):
+        """What a call with such a plan should take, in 1/COST_UNIT blocks."""
+        floor = COST_UNIT * VISIT_COST + Int64(total) * a.load // (a.partitions * a.row_tiles)
+        cost = Int64(width) * COST_UNIT
+        cost = cost if cost > floor else floor
+        combined = pieces > MERGE_MAX
+        once = a.combine if combined else a.merge
+        each = a.combine_piece if combined else a.merge_piece
+        cost += Int64(once) + Int64(each * a.tiles) * slots if slots > 0 else Int64(0)
+        return cost if width >= 0 else Int64(1 << 62)
+
+    @cute.jit
+    def write(self, a: PlanArgs, width: Int32, shortest: Int32, lane: Int32):
+        """The plan, by one warp."""
+        used, _, _ = self.fill(True, a, width, shortest, lane)
         for part in cutlass.range(used + lane, a.partitions, 32, unroll=1):
             for i in cutlass.range_constexpr(8):
                 if const_expr(i != COMBINE_REQ):
@@ -89,22 +150,25 @@ class MlaPlan:
 
     @cute.jit
     def search(self, a: PlanArgs, shortest: Int32, lowest: Int32, highest: Int32, lane: Int32):
-        """The first width in [lowest, highest] with which the partitions suffice, or -1; the most pieces it makes."""
-        width, pieces = Int32(-1), Int32(0)
+        """The first width in [lowest, highest] with which the partitions suffice, or -1; the most pieces it makes of a
+        sequence, and the slots for pieces."""
+        width, pieces, slots = Int32(-1), Int32(0), Int32(0)
         start = lowest
         while (width < 0) & (start <= highest):
-            used, most = self.fill(False, a, start + lane, shortest, lane)
+            used, most, needed = self.fill(False, a, start + lane, shortest, lane)
             ballot = cute.arch.vote_ballot_sync((used <= a.partitions) & (start + lane <= highest))
             if ballot != 0:
                 first = Int32(cute.arch.clz(cute.arch.brev(ballot)))
                 width = start + first
                 pieces = cute.arch.shuffle_sync(most, first)
+                slots = cute.arch.shuffle_sync(needed, first)
             start += 32
-        return width, pieces
+        return width, pieces, slots
 
     @cute.jit
     def fill(self, write: cutlass.Constexpr[bool], a: PlanArgs, width: Int32, shortest: Int32, lane: Int32):
-        """Partitions needed when each may cost `width`, and the most pieces of a sequence; writes the plan if asked to.
+        """Partitions needed when each may cost `width`, the most pieces of a sequence, and slots; writes the plan if
+        asked to.
 
         A piece is cut off only if it has at least `shortest` blocks. All lanes walk the sequences together and keep 32
         lengths at a time in their registers; to write, all walk with the same width and lane 0 stores.
@@ -137,8 +201,8 @@ class MlaPlan:
                         credit = width
                         whole = part + 1 if done == 0 else whole
                 most = pieces if pieces > most else most
+                slots += pieces if pieces > 1 else Int32(0)
                 if const_expr(write):
-                    slots += pieces if pieces > 1 else Int32(0)
                     if stores:
                         store_i32(a.num_splits, req + 1, slots)
                     known = pieces if pieces < CUT_PIECES else Int32(CUT_PIECES)
@@ -154,7 +218,7 @@ class MlaPlan:
                 self.end(a, part, a.batch, Int32(0))
             for i in cutlass.range(combines + lane, a.partitions, 32, unroll=1):
                 store_i32(a.plan, i * 8 + COMBINE_REQ, a.batch)
-        return part + 1, most
+        return part + 1, most, slots
 
     @cute.jit
     def take(self, a: PlanArgs, blocks: Int32, done: Int32, pieces: Int32, credit: Int32, shortest: Int32):
@@ -207,7 +271,7 @@ def program(config: PlanConfig) -> Program:
         host=kernel,
         args=(fake_args(PlanArgs), cuda.CUstream(0)),
         threads=PLAN_THREADS,
-        smem_bytes=0,
+        smem_bytes=kernel.Smem.size_in_bytes(),
         params=param_kinds(PlanArgs),
         pdl=True,
     )

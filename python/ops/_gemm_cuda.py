@@ -88,7 +88,9 @@ def _run(
             return _run(op, a, b, rows, a_scales, b_scales, epilogue, expected_rows, out, out_scales)
     masked = a.dim() == 3
     dtype = "bf16" if a.dtype == torch.bfloat16 else "fp8"
-    config = cfg.choose(dtype, epilogue, b.shape[0], a.shape[-2], masked, expected_rows, b.shape[1], sms_of(a.device))
+    config = cfg.choose(
+        dtype, epilogue, b.shape[0], a.shape[-2], masked, expected_rows, b.shape[1], b.shape[2], sms_of(a.device)
+    )
     if not isinstance(config, cfg.GemmConfig):
         if out.numel():
             decode.run(a, b, rows, a_scales, b_scales, epilogue, out, out_scales, masked, config)

@@ -69,6 +69,7 @@ def plan(
         return
     stream = torch._C._cuda_getCurrentRawStream(device)
     heads_per_kv = h_q // h_kv
+    row_tiles = cfg.row_tiles(s_q, heads_per_kv)
     mla.plan_kernel(cfg.PlanConfig(), stream).launch(
         (1, 1, 1),
         stream,
@@ -77,9 +78,10 @@ def plan(
         num_splits.data_ptr(),
         cache_seqlens.shape[0],
         tile_scheduler_metadata.shape[0],
-        cfg.min_piece(s_q * heads_per_kv),
-        cfg.row_tiles(s_q, heads_per_kv),
-        cfg.combine_cost(s_q * heads_per_kv),
+        cfg.combine_chunk(cache_seqlens.shape[0], s_q * heads_per_kv, h_kv),
+        row_tiles,
+        row_tiles * h_kv,
+        *cfg.plan_costs(s_q * heads_per_kv),
         split_tokens // cfg.BLOCK,
     )
 
@@ -197,18 +199,18 @@ def _prepare(
     tiles = row_tiles * h_kv
     split_blocks = split_tokens // cfg.BLOCK
     max_blocks = -(-block_table.shape[1] * page // cfg.BLOCK)
-    combines = cfg.max_combines(batch, partitions, rows, max_blocks, split_blocks)
+    combines = cfg.max_combines(batch, partitions, max_blocks, split_blocks)
     slots = cfg.max_slots(batch, partitions, max_blocks, split_blocks)
     name = _DTYPE_NAMES[q.dtype]
     combine, combine_grid = None, (0, 0, 0)
     if combines:
-        config = cfg.CombineConfig(name, *cfg.combine_shape(batch, partitions, split_blocks))
+        config = cfg.CombineConfig(name, *cfg.combine_shape(batch, rows, h_kv, split_blocks))
         combine = mla.combine_kernel(config, stream)
         combine_grid = cfg.combine_grid(config, combines, tiles, rows, sms_of(q.device))
     prepare_captures(q.get_device())
     q_map, q_step, described = _q_map(q, h_kv, s_q, heads_per_kv, ragged)
     return _Call(
-        decode=mla.decode_kernel(cfg.DecodeConfig(name, page), stream),
+        decode=mla.decode_kernel(cfg.DecodeConfig(name, page, cfg.few_sequences(batch, partitions)), stream),
         combine=combine,
         grid=(row_tiles, h_kv, partitions),
         combine_grid=combine_grid,

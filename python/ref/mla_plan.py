@@ -4,6 +4,7 @@ A block is 64 cached tokens. The work of a batch is dealt to P partitions; a par
 tile and kv head, so P * row tiles * kv heads fills the GPU once. A partition walks the requests in order and pays, for
 every piece it reads, the piece's blocks plus VISIT_COST (starting a piece and writing its result). All partitions get
 the same credit W, the smallest with which P partitions suffice: the slowest partition decides how long a call takes.
+Several ways to cut are compared (`schedule`), as merging pieces takes time too.
 
     split_tokens == 0     a request is cut wherever a partition's credit ends
     split_tokens == 64*S  a request is cut every S blocks whatever else is in the batch, so that the order in which its
@@ -14,11 +15,14 @@ Source of behaviour: the greedy of FlashMLA's planner, with a searched credit in
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 BLOCK = 64  # tokens
 VISIT_COST = 4  # blocks; mirrored in cute_kernels/mla/config.py, which imports no torch
+COST_UNIT = 120  # of a block
 ROW_TILE = 64  # rows (query token, query head) of one CTA
 METADATA_COLUMNS = 8  # a Record, then the three columns below
 COMBINE_REQ = 5  # row i: the i-th request in more than MERGE_MAX pieces (as many as there are rows), b behind the last
@@ -37,14 +41,34 @@ def num_partitions(s_q: int, h_q: int, h_kv: int, num_sms: int) -> int:
     return max(num_sms // (h_kv * row_tiles), 1)
 
 
-def min_piece(rows: int) -> int:
-    """Fewest blocks worth cutting off at the end of a partition. rows: query rows of one sequence and kv head."""
-    return 1 if rows <= ROW_TILE else 2
+def combine_chunk(batch: int, rows: int, h_kv: int) -> int:
+    """Pieces that the combine kernel loads at a time: the fewer CTAs it may need, the more registers each can have.
+
+    rows: query rows of one request and kv head. A CTA takes 16 rows and 64 of the 512 columns.
+    """
+    ctas = batch * h_kv * -(-rows // ROW_TILE) * min(-(-rows // 16), ROW_TILE // 16) * 8
+    if ctas <= 128:
+        return 16
+    return 8 if ctas < 512 else 4
 
 
-def combine_cost(rows: int) -> int:
-    """Blocks that a call pays if any request is in more than MERGE_MAX pieces: little where there are few rows."""
-    return 0 if rows <= 32 else 3
+class PlanCosts(NamedTuple):
+    """What the planner reckons with, in 1/COST_UNIT of the time that a partition computes on a block.
+
+    load: for a block to come through memory, if it were alone. merge, merge_piece: once for a call in which some
+    request is in two pieces, and for each piece and tile. combine, combine_piece: the same where some are in more.
+    """
+
+    load: int
+    merge: int
+    merge_piece: int
+    combine: int
+    combine_piece: int
+
+
+def plan_costs(rows: int) -> PlanCosts:
+    """rows: query rows of one request and kv head. Fitted to 700 calls on an H100 (cute_kernels/mla/README.md)."""
+    return PlanCosts(120, 180, 3, 0, 2) if rows <= 32 else PlanCosts(216, 360, 2, 180, 4)
 
 
 def _fill(blocks: list[int], credit_per_partition: int, shortest: int, longest: int) -> tuple[list[Record], list[int]]:
@@ -71,43 +95,67 @@ def _fill(blocks: list[int], credit_per_partition: int, shortest: int, longest: 
     return records, pieces
 
 
+def _ways(blocks: list[int], chunk: int) -> list[tuple[int, int, int]]:
+    """(shortest piece, blocks that a partition takes at least, how many credits to try) of each way to cut.
+
+    As many pieces as there are partitions, but not so many that combining them, `chunk` at a time, takes longer than it
+    saves; half as many; no request in more than two; none cut.
+    """
+    longest, few = max(blocks, default=1), 1
+    while 2 * chunk * few * few < longest:
+        few += 1
+    half = -(-longest // 2)
+    return [(1, few, 1 << 30), (1, 2 * few, 1 << 30), (half, half, 32), (longest, longest, 32)]
+
+
 def schedule(
-    lengths: list[int], partitions: int, rows: int, split_tokens: int = 0
+    lengths: list[int], partitions: int, rows: int, split_tokens: int = 0, h_kv: int = 1
 ) -> tuple[int, list[Record], list[int]]:
     """The plan as Python values: (W, one record per used partition, pieces per request).
 
     A partition reads from its record's begin position up to the end position, which is exclusive; begin_split is the
     index of its first piece within that piece's request.
     lengths: cached tokens per request.  rows: query rows of one request and kv head, s_q * h_q / h_kv.
+
+    Of the ways to cut the one that should be fastest: W, or what the blocks take to come through memory if that is
+    more, and the cost of merging.
     """
     blocks = [max(-(-length // BLOCK), 1) for length in lengths]  # an empty request is visited too: it writes its zeros
-    shortest, longest = min_piece(rows), max(blocks, default=1)
+    longest, row_tiles = max(blocks, default=1), -(-rows // ROW_TILE)
     if split_tokens:
-        shortest = longest = min(split_tokens // BLOCK, longest)
-    visits = sum(-(-n // longest) for n in blocks)
-    cost = sum(blocks) + VISIT_COST * visits
-    credit = max(-(-cost // partitions), VISIT_COST + shortest)
-    # Linear, because the number of partitions need not fall monotonically with the credit. It takes few steps: a closed
-    # partition leaves less than VISIT_COST + shortest of its credit unused.
-    while len((plan := _fill(blocks, credit, shortest, longest))[0]) > partitions:
-        credit += 1
-    if split_tokens or max(plan[1], default=0) <= MERGE_MAX:
-        return credit, *plan
-    # Pieces of at least half the longest request: never more than two of one request, which the decode kernel merges
-    # itself. Worth it up to what combining costs; and no partition is faster than its share of the memory bandwidth,
-    # which a block takes 9/5 as long to come through as to compute (shared by the row tiles, which read the same keys).
-    floor = VISIT_COST + sum(blocks) * 9 // (5 * partitions * -(-rows // ROW_TILE))
-    half = max(shortest, -(-max(blocks) // 2))
-    lowest = max(-(-cost // partitions), VISIT_COST + half)
-    for coarse in range(lowest, max(credit, floor) + combine_cost(rows) + 1):
-        if len((halves := _fill(blocks, coarse, half, longest))[0]) <= partitions:
-            return coarse, *halves
-    return credit, *plan
+        unit = min(split_tokens // BLOCK, longest)
+        ways, visits = [(unit, unit, 1 << 30)], sum(-(-n // unit) for n in blocks)
+    else:
+        ways, visits = _ways(blocks, combine_chunk(len(blocks), rows, h_kv)), len(blocks)
+    share = -(-(sum(blocks) + VISIT_COST * visits) // partitions)
+    costs = plan_costs(rows)
+    # No partition is faster than its share of the memory's bandwidth; row tiles wait for a block together.
+    floor = COST_UNIT * VISIT_COST + sum(blocks) * costs.load // (partitions * row_tiles)
+    best = None
+    for shortest, least, tries in ways:
+        lowest = max(share, VISIT_COST + least)
+        # Linear, because the number of partitions need not fall monotonically with the credit. It takes few steps: a
+        # closed partition leaves less than VISIT_COST + shortest of its credit unused.
+        for credit in range(lowest, lowest + tries):
+            records, pieces = _fill(blocks, credit, shortest, shortest if split_tokens else longest)
+            if len(records) <= partitions:
+                cost = max(COST_UNIT * credit, floor)
+                if slots := sum(n for n in pieces if n > 1):
+                    combined = max(pieces) > MERGE_MAX
+                    cost += costs.combine if combined else costs.merge
+                    cost += (costs.combine_piece if combined else costs.merge_piece) * slots * row_tiles * h_kv
+                if best is None or cost < best[0]:
+                    best = cost, (credit, records, pieces)
+                break
+    assert best is not None  # the first way finds a credit
+    return best[1]
 
 
-def plan_tensors(lengths: list[int], partitions: int, rows: int, split_tokens: int = 0) -> tuple[Tensor, Tensor]:
+def plan_tensors(
+    lengths: list[int], partitions: int, rows: int, split_tokens: int = 0, h_kv: int = 1
+) -> tuple[Tensor, Tensor]:
     """`schedule` as the two tensors of `mla_plan`, on the CPU."""
-    _, records, pieces = schedule(lengths, partitions, rows, split_tokens)
+    _, records, pieces = schedule(lengths, partitions, rows, split_tokens, h_kv)
     metadata = torch.zeros((partitions, METADATA_COLUMNS), dtype=torch.int32)
     metadata[:, 0] = metadata[:, 2] = len(lengths)
     metadata[:, COMBINE_REQ] = len(lengths)
@@ -139,5 +187,5 @@ def mla_plan(
     one in n >= 2 pieces needs n.
     """
     partitions = num_partitions(s_q, h_q, h_kv, num_sms)
-    metadata, num_splits = plan_tensors(cache_seqlens.tolist(), partitions, s_q * (h_q // h_kv), split_tokens)
+    metadata, num_splits = plan_tensors(cache_seqlens.tolist(), partitions, s_q * (h_q // h_kv), split_tokens, h_kv)
     return metadata.to(cache_seqlens.device), num_splits.to(cache_seqlens.device)

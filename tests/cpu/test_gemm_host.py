@@ -224,22 +224,28 @@ V3 = {"store": 7168, "swiglu": 4096, "swiglu_fp8": 4096}  # weight rows of DeepS
 
 
 @pytest.mark.parametrize(
-    ("experts", "limit", "masked", "expected_rows", "weight_rows", "few"),
+    ("experts", "limit", "masked", "expected_rows", "weight_rows", "k", "few"),
     [
-        (1, 1, False, 0, 4096, True),
-        (1, 64, False, 0, 7168, True),
-        (1, 65, False, 0, 7168, False),  # more than a tile of the other kernel
-        (4, 512, False, 0, 4096, False),
-        (4, 512, False, 8, 4096, True),  # the hint wins: most rows of a static capacity are unused
-        (4, 512, True, 8, 4096, True),
-        (4, 512, True, 64, 4096, False),  # 64 in the mean are more in some
-        (4, 512, True, 8, 7168, False),  # tiles enough for every SM
-        (32, 512, True, 1, 4096, False),
-        (cfg.MAX_EXPERTS, 1024, False, 0, 256, False),
+        (1, 1, False, 0, 4096, 2048, True),
+        (1, 64, False, 0, 7168, 2048, True),
+        (1, 65, False, 0, 7168, 2048, False),  # more than a tile of the other kernel
+        (4, 512, False, 0, 4096, 2048, False),
+        (4, 512, False, 8, 4096, 2048, True),  # the hint wins: most rows of a static capacity are unused
+        (4, 512, True, 8, 4096, 2048, True),
+        (4, 512, True, 64, 4096, 2048, False),  # 64 in the mean are more in some
+        (4, 512, True, 8, 7168, 2048, False),  # tiles enough for every SM
+        (32, 512, True, 1, 4096, 7168, True),  # if a few experts have a row, some SMs have one long tile and some two
+        (32, 512, True, 2, 4096, 7168, True),
+        (32, 512, True, 3, 4096, 7168, False),
+        (32, 512, True, 1, 7168, 2048, False),  # short tiles
+        (32, 512, True, 1, 28672, 7168, False),  # many for every expert
+        (512, 1024, False, 1, 4096, 7168, True),
+        (513, 1024, False, 1, 4096, 7168, False),  # more experts than the other kernel has tables for
+        (cfg.MAX_EXPERTS, 1024, False, 0, 256, 7168, False),
     ],
 )
-def test_few_rows_of_few_experts_take_the_other_kernel(experts, limit, masked, expected_rows, weight_rows, few):
-    config = cfg.choose("fp8", "swiglu", experts, limit, masked, expected_rows, weight_rows, 132)
+def test_few_rows_of_few_experts_take_the_other_kernel(experts, limit, masked, expected_rows, weight_rows, k, few):
+    config = cfg.choose("fp8", "swiglu", experts, limit, masked, expected_rows, weight_rows, k, 132)
     assert isinstance(config, cfg.GemmConfig) is not few
     assert (config.dtype, config.epilogue) == ("fp8", "swiglu")
 
@@ -248,7 +254,7 @@ def test_few_rows_of_few_experts_take_the_other_kernel(experts, limit, masked, e
 @pytest.mark.parametrize("epilogue", cfg.EPILOGUES)
 def test_the_tile_by_mean_rows(dtype, epilogue):
     low, high = cfg.MIDDLE_ROWS[dtype]
-    for mean, middle in ((1, False), (low - 1, False), (low, True), (high, True), (high + 1, False), (1 << 15, False)):
-        config = cfg.choose(dtype, epilogue, 32, 1 << 20, False, mean, V3[epilogue], 132)
+    for mean, middle in ((3, False), (low - 1, False), (low, True), (high, True), (high + 1, False), (1 << 15, False)):
+        config = cfg.choose(dtype, epilogue, 32, 1 << 20, False, mean, V3[epilogue], 7168, 132)
         assert config == cfg.GemmConfig(dtype, epilogue, *cfg.TILES[dtype][middle and epilogue != "swiglu_fp8"])
         assert config in [variant for _, variant in gemm.variants()]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cutehop.cute_kernels.mla import config as kernel_config
 from cutehop.ref import mla_plan as planner
-from tests.mla_cases import HEAD_PAIRS
+from tests.mla_cases import HEAD_PAIRS, blocks_by_pieces
 
 SHAPES = [(s_q, h_q, h_kv) for s_q in (1, 2, 4) for h_q, h_kv in ((1, 1), (16, 1), (64, 1), (128, 1), (128, 8), (9, 3))]
 
@@ -70,31 +70,64 @@ def test_every_plan_tiles_the_work(shape, split_tokens):
             assert all(begin % unit == 0 and end == min(begin + unit, blocks[req]) for req, begin, end, _ in flat)
 
 
-def smallest_credit(blocks: list[int], partitions: int, shortest: int) -> int:
-    """Found by trying every one."""
-    share = -(-sum(n + planner.VISIT_COST for n in blocks) // partitions)
-    tried = itertools.count(max(share, planner.VISIT_COST + shortest))
+def smallest_credit(blocks: list[int], partitions: int, shortest: int, lowest: int) -> int:
+    """From `lowest` on, found by trying every one."""
+    tried = itertools.count(lowest)
     return next(w for w in tried if len(planner._fill(blocks, w, shortest, max(blocks))[0]) <= partitions)
 
 
-def test_credit_is_the_smallest_that_suffices():
-    """That of pieces as short as they may be, or of halves of the longest request where that saves the combining."""
+def test_the_cheapest_of_four_ways_to_cut():
+    """Pieces as many as there are partitions, half as many, two of a request, uncut: with the smallest credit each."""
     rng = random.Random(1)
-    chosen = {"uncut or in two": 0, "halves": 0, "short pieces": 0}
-    for _ in range(100):
+    chosen = dict.fromkeys(("many", "two", "uncut"), 0)
+    for _ in range(150):
         lengths, partitions, rows = random_batch(rng), rng.choice((1, 7, 66, 132)), rng.choice((16, 128))
         blocks = [max(-(-n // 64), 1) for n in lengths]
         credit, _, counts = planner.schedule(lengths, partitions, rows)
-        shortest = planner.min_piece(rows)
-        short = smallest_credit(blocks, partitions, shortest)
-        halves = smallest_credit(blocks, partitions, max(shortest, -(-max(blocks) // 2)))
-        if max(counts) > planner.MERGE_MAX:
-            chosen["short pieces"] += 1
-            assert credit == short < halves - planner.combine_cost(rows)
-        else:
-            chosen["halves" if credit > short else "uncut or in two"] += 1
-            assert credit in (short, halves)
+        longest, tiles = max(blocks), -(-rows // 64)
+        share = -(-sum(n + planner.VISIT_COST for n in blocks) // partitions)
+        few = next(n for n in itertools.count(1) if 2 * n * n * planner.combine_chunk(len(blocks), rows, 1) >= longest)
+        half = -(-longest // 2)
+        candidates = []
+        for shortest, least, limited in (
+            (1, few, False),
+            (1, 2 * few, False),
+            (half, half, True),
+            (longest,) * 2 + (True,),
+        ):
+            lowest = max(share, planner.VISIT_COST + least)
+            found = smallest_credit(blocks, partitions, shortest, lowest)
+            if limited and found >= lowest + 32:
+                continue
+            pieces = planner._fill(blocks, found, shortest, longest)[1]
+            costs, slots, merging = planner.plan_costs(rows), sum(n for n in pieces if n > 1) * tiles, 0
+            if max(pieces) == 2:
+                merging = costs.merge + costs.merge_piece * slots
+            elif max(pieces) > 2:
+                merging = costs.combine + costs.combine_piece * slots
+            floor = 120 * planner.VISIT_COST + sum(blocks) * costs.load // (partitions * tiles)
+            candidates.append((max(120 * found, floor) + merging, found, pieces))
+        cheapest = min(cost for cost, _, _ in candidates)
+        assert (credit, counts) in [(w, pieces) for cost, w, pieces in candidates if cost == cheapest]
+        chosen["uncut" if max(counts) == 1 else "two" if max(counts) == 2 else "many"] += 1
     assert min(chosen.values()) > 5, chosen
+
+
+@pytest.mark.parametrize(
+    ("batch", "blocks", "rows", "pieces"),
+    [
+        (1, 8, 64, 8),
+        (1, 64, 64, 32),  # not 64: the combine kernel loads 16 at a time
+        (8, 16, 64, 8),
+        (16, 8, 64, 4),  # half of the SMs are left to the combine kernel
+        (48, 64, 64, 2),
+        (96, 32, 64, 1),
+        (20, 4, 128, 1),
+    ],
+)
+def test_plans_that_were_fastest_on_an_h100(batch, blocks, rows, pieces):
+    partitions = planner.num_partitions(1, rows, 1, 132)
+    assert planner.schedule([64 * blocks] * batch, partitions, rows)[2] == [pieces] * batch
 
 
 def test_tensors_mirror_the_schedule():
@@ -139,11 +172,9 @@ def test_empty_batch():
 
 
 def test_one_sequence_is_cut_into_any_number_of_pieces():
-    # The GPU tests rely on this to reach every piece count with h_q 16.
-    free = [planner.schedule([64 * blocks], 132, 16)[2] for blocks in range(1, 133)]
-    assert free == [[n] for n in range(1, 133)]
-    # With more rows two halves take no longer than the combine kernel would.
-    assert [planner.schedule([64 * blocks], 132, 64)[2] for blocks in range(3, 9)] == [[2]] * 6
+    # The GPU tests rely on this to reach every piece count. Two halves are for many sequences.
+    for h_q, partitions in ((16, 132), (128, 66)):
+        assert set(blocks_by_pieces(h_q)) == set(range(1, partitions + 1)) - {2}
     for blocks in range(1, 133):
         assert planner.schedule([64 * blocks], 132, 16, split_tokens=64)[2] == [blocks]
 
@@ -163,10 +194,28 @@ def test_kernels_use_the_same_partitions(num_sms):
     for s_q in (*range(1, 10), 64, 1000):
         for h_q, h_kv in (*HEAD_PAIRS, (256, 2), (1024, 1)):
             rows = s_q * h_q // h_kv
-            assert kernel_config.min_piece(rows) == planner.min_piece(rows)
-            assert kernel_config.combine_cost(rows) == planner.combine_cost(rows)
+            assert kernel_config.plan_costs(rows) == planner.plan_costs(rows)
             partitions = kernel_config.num_partitions(num_sms, kernel_config.row_tiles(s_q, h_q // h_kv), h_kv)
             assert partitions == planner.num_partitions(s_q, h_q, h_kv, num_sms)
+            for batch in (1, 2, 5, 6, 11, 12, 22, 23, 200):
+                chunk = planner.combine_chunk(batch, rows, h_kv)
+                assert kernel_config.combine_chunk(batch, rows, h_kv) == chunk
+                assert kernel_config.combine_shape(batch, rows, h_kv, 0)[0] == chunk
+
+
+@given(
+    st.integers(1, 500), st.integers(1, 8), st.sampled_from((1, 16, 17, 64, 128, 512)), st.sampled_from((16, 78, 132))
+)
+@settings(deadline=None, derandomize=True, max_examples=300)
+def test_combine_ctas_have_equal_turns(combines, h_kv, rows, num_sms):
+    tiles = kernel_config.row_tiles(rows, 1) * h_kv
+    for shape in ((4, 2), (8, 1), (16, 1)):
+        config = kernel_config.CombineConfig("bf16", *shape)
+        parts, ctas, _ = kernel_config.combine_grid(config, combines, tiles, rows, num_sms)
+        resident = max(num_sms * config.ctas_per_sm // parts, 1)
+        turns = -(-combines // resident)
+        assert ctas <= resident
+        assert ctas * turns >= combines > (ctas - 1) * turns, "another turn, or a CTA too many"
 
 
 def check_bounds(lengths: list[int], partitions: int, rows: int, split_tokens: int) -> None:
@@ -176,7 +225,7 @@ def check_bounds(lengths: list[int], partitions: int, rows: int, split_tokens: i
     slots = sum(n for n in counts if n > 1)
     assert slots <= kernel_config.max_slots(len(lengths), partitions, *shape)
     combines = sum(n > planner.MERGE_MAX for n in counts)
-    most = kernel_config.max_combines(len(lengths), partitions, rows, *shape)
+    most = kernel_config.max_combines(len(lengths), partitions, *shape)
     assert combines <= most
     assert most in (0, len(lengths)) if split_tokens else most <= partitions
     first_slots = [sum(n for n in counts[:i] if n > 1) for i, n in enumerate(counts) if n > planner.MERGE_MAX]

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.mla_cases import HEAD_PAIRS, MlaCase, build_inputs, failures
+from tests.mla_cases import HEAD_PAIRS, MlaCase, blocks_by_pieces, build_inputs, failures
 
 pytestmark = pytest.mark.gpu
 
@@ -56,9 +56,11 @@ def test_one_long_among_many_short(h_q):
 
 @pytest.mark.parametrize("h_q", [16, 128])
 def test_every_piece_count(h_q):
-    free = [MlaCase(1, 1, 0, h_q, lengths=(64 * n - n % 3,)) for n in range(1, 133)]
-    fixed = [replace(case, split_tokens=64) for case in free[:8] + free[8::7]]
-    check(*free, *fixed)
+    free = [MlaCase(1, 1, 0, h_q, lengths=(64 * n - n % 3,)) for n in blocks_by_pieces(h_q).values()]
+    short = [
+        MlaCase(1, 1, 0, h_q, lengths=(64 * n - n % 3,), split_tokens=64) for n in (*range(1, 9), *range(9, 133, 7))
+    ]
+    check(*free, *short)
 
 
 def test_long_single_sequence():
