@@ -260,7 +260,7 @@ def validate_values(
         _validate_ragged(cu_seqlens_q.tolist(), q.shape[0], max_seqlen_q)
     s_q, h_q = (q.shape[1], q.shape[2]) if cu_seqlens_q is None else (max_seqlen_q, q.shape[1])
     partitions = tile_scheduler_metadata.shape[0]
-    expected = plan_tensors(cache_seqlens.tolist(), partitions, s_q * (h_q // h_kv), split_tokens)
+    expected = plan_tensors(cache_seqlens.tolist(), partitions, s_q * (h_q // h_kv), split_tokens, h_kv)
     if not (torch.equal(expected[0], tile_scheduler_metadata.cpu()) and torch.equal(expected[1], num_splits.cpu())):
         raise ValueError(
             "mla_decode: tile_scheduler_metadata and num_splits belong to other lengths, shapes or split_tokens; "

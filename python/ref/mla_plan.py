@@ -32,7 +32,10 @@ CUT = 7  # split_blocks << CUT_SHIFT, plus the pieces of the request in whose mi
 CUT_SHIFT = 12
 CUT_PIECES = (1 << CUT_SHIFT) - 1  # more pieces are written as so many
 
+# A partition reads from its begin position up to the end position, which is exclusive; begin_split is the index of its
+# first piece within that piece's request.
 Record = tuple[int, int, int, int, int]  # begin_req, begin_block, end_req, end_block, begin_split
+Plan = tuple[int, list[Record], list[int]]  # W, a record per used partition, pieces per request
 
 
 def num_partitions(s_q: int, h_q: int, h_kv: int, num_sms: int) -> int:
@@ -95,44 +98,44 @@ def _fill(blocks: list[int], credit_per_partition: int, shortest: int, longest: 
     return records, pieces
 
 
-def _ways(blocks: list[int], chunk: int) -> list[tuple[int, int, int]]:
+def _ways(blocks: list[int], chunk: int) -> dict[str, tuple[int, int, int]]:
     """(shortest piece, blocks that a partition takes at least, how many credits to try) of each way to cut.
 
-    As many pieces as there are partitions, but not so many that combining them, `chunk` at a time, takes longer than it
-    saves; half as many; no request in more than two; none cut.
+    "many": as many pieces as there are partitions, but not so many that combining them, `chunk` at a time, takes longer
+    than it saves. "fewer": half as many. "two": no request in more than two. "whole": none cut.
     """
-    longest, few = max(blocks, default=1), 1
-    while 2 * chunk * few * few < longest:
-        few += 1
+    longest, least = max(blocks, default=1), 1
+    while 2 * chunk * least * least < longest:
+        least += 1
     half = -(-longest // 2)
-    return [(1, few, 1 << 30), (1, 2 * few, 1 << 30), (half, half, 32), (longest, longest, 32)]
+    return {
+        "many": (1, least, 1 << 30),
+        "fewer": (1, 2 * least, 1 << 30),
+        "two": (half, half, 32),
+        "whole": (longest, longest, 32),
+    }
 
 
-def schedule(
+def candidates(
     lengths: list[int], partitions: int, rows: int, split_tokens: int = 0, h_kv: int = 1
-) -> tuple[int, list[Record], list[int]]:
-    """The plan as Python values: (W, one record per used partition, pieces per request).
+) -> dict[str, tuple[int, Plan]]:
+    """By way to cut (`_ways`, or "fixed"), what a call should take in 1/COST_UNIT blocks, and the plan.
 
-    A partition reads from its record's begin position up to the end position, which is exclusive; begin_split is the
-    index of its first piece within that piece's request.
-    lengths: cached tokens per request.  rows: query rows of one request and kv head, s_q * h_q / h_kv.
-
-    Of the ways to cut the one that should be fastest: W, or what the blocks take to come through memory if that is
-    more, and the cost of merging.
+    That is the credit, or what the blocks take to come through memory if it is more, and the cost of merging.
     """
     blocks = [max(-(-length // BLOCK), 1) for length in lengths]  # an empty request is visited too: it writes its zeros
     longest, row_tiles = max(blocks, default=1), -(-rows // ROW_TILE)
     if split_tokens:
         unit = min(split_tokens // BLOCK, longest)
-        ways, visits = [(unit, unit, 1 << 30)], sum(-(-n // unit) for n in blocks)
+        ways, visits = {"fixed": (unit, unit, 1 << 30)}, sum(-(-n // unit) for n in blocks)
     else:
         ways, visits = _ways(blocks, combine_chunk(len(blocks), rows, h_kv)), len(blocks)
     share = -(-(sum(blocks) + VISIT_COST * visits) // partitions)
     costs = plan_costs(rows)
     # No partition is faster than its share of the memory's bandwidth; row tiles wait for a block together.
     floor = COST_UNIT * VISIT_COST + sum(blocks) * costs.load // (partitions * row_tiles)
-    best = None
-    for shortest, least, tries in ways:
+    found = {}
+    for way, (shortest, least, tries) in ways.items():
         lowest = max(share, VISIT_COST + least)
         # Linear, because the number of partitions need not fall monotonically with the credit. It takes few steps: a
         # closed partition leaves less than VISIT_COST + shortest of its credit unused.
@@ -144,18 +147,22 @@ def schedule(
                     combined = max(pieces) > MERGE_MAX
                     cost += costs.combine if combined else costs.merge
                     cost += (costs.combine_piece if combined else costs.merge_piece) * slots * row_tiles * h_kv
-                if best is None or cost < best[0]:
-                    best = cost, (credit, records, pieces)
+                found[way] = cost, (credit, records, pieces)
                 break
-    assert best is not None  # the first way finds a credit
-    return best[1]
+    return found
 
 
-def plan_tensors(
-    lengths: list[int], partitions: int, rows: int, split_tokens: int = 0, h_kv: int = 1
-) -> tuple[Tensor, Tensor]:
-    """`schedule` as the two tensors of `mla_plan`, on the CPU."""
-    _, records, pieces = schedule(lengths, partitions, rows, split_tokens, h_kv)
+def schedule(lengths: list[int], partitions: int, rows: int, split_tokens: int = 0, h_kv: int = 1) -> Plan:
+    """The cheapest plan, as Python values. Of two that cost the same the one whose way comes first.
+
+    lengths: cached tokens per request.  rows: query rows of one request and kv head, s_q * h_q / h_kv.
+    """
+    return min(candidates(lengths, partitions, rows, split_tokens, h_kv).values(), key=lambda c: c[0])[1]
+
+
+def as_tensors(plan: Plan, lengths: list[int], partitions: int, split_tokens: int = 0) -> tuple[Tensor, Tensor]:
+    """A plan as the two tensors of `mla_plan`, on the CPU."""
+    _, records, pieces = plan
     metadata = torch.zeros((partitions, METADATA_COLUMNS), dtype=torch.int32)
     metadata[:, 0] = metadata[:, 2] = len(lengths)
     metadata[:, COMBINE_REQ] = len(lengths)
@@ -169,6 +176,13 @@ def plan_tensors(
     metadata[: len(combines), COMBINE_REQ] = torch.tensor(combines, dtype=torch.int32)
     slots = torch.tensor([0] + [n if n > 1 else 0 for n in pieces], dtype=torch.int32)
     return metadata, slots.cumsum(0, dtype=torch.int32)
+
+
+def plan_tensors(
+    lengths: list[int], partitions: int, rows: int, split_tokens: int = 0, h_kv: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The tensors of the plan that `schedule` chooses."""
+    return as_tensors(schedule(lengths, partitions, rows, split_tokens, h_kv), lengths, partitions, split_tokens)
 
 
 def mla_plan(

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cutehop
 from cutehop.ref import mla as ref
+from cutehop.ref import mla_plan as planner
 from tests.mla_bad_inputs import BAD, BAD_RAGGED, arguments, name_of
 from tests.mla_cases import MlaCase, MlaInputs, build_inputs, failures
 
@@ -206,6 +207,15 @@ class TestValidate:
 
     def test_correct_calls_pass(self, inputs):
         self.call(inputs)
+
+    def test_several_kv_heads(self):
+        """Their number is part of what merging costs."""
+        case = MlaCase(6, 1, 256, 16, h_kv=8)
+        rows, partitions = case.h_q // case.h_kv, planner.num_partitions(1, case.h_q, case.h_kv, 132)
+        lengths = [case.s_k] * case.b
+        several = planner.schedule(lengths, partitions, rows, 0, case.h_kv)
+        assert several != planner.schedule(lengths, partitions, rows), "the case does not tell"
+        self.call(build_inputs(case))
 
     @pytest.mark.parametrize("length", [-1, 100000])
     def test_lengths(self, inputs, length):
