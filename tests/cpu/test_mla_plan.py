@@ -203,6 +203,15 @@ def test_kernels_use_the_same_partitions(num_sms):
                 assert kernel_config.combine_shape(batch, rows, h_kv, 0)[0] == chunk
 
 
+def test_few_sequences_are_those_that_may_leave_half_of_the_partitions_empty():
+    for partitions in (132, 66, 33):
+        few = [batch for batch in range(1, 200) if kernel_config.few_sequences(batch, partitions)]
+        assert few == list(range(1, partitions // 6 + 1))
+        used = [len(planner.schedule([64 * 8] * batch, partitions, 64)[1]) for batch in few]
+        assert min(used) <= partitions // 2
+    assert not kernel_config.few_sequences(1, 1), "every CTA has work"
+
+
 @given(
     st.integers(1, 500), st.integers(1, 8), st.sampled_from((1, 16, 17, 64, 128, 512)), st.sampled_from((16, 78, 132))
 )
