@@ -110,7 +110,7 @@ def few_sequences(batch: int, partitions: int) -> bool:
 
 def combine_chunk(batch: int, rows: int, h_kv: int) -> int:
     """Pieces that the combine kernel loads at a time, unless cuts are fixed: see cutehop.ref.mla_plan."""
-    ctas = batch * h_kv * row_tiles(rows, 1) * row_groups(rows) * 8
+    ctas = batch * combine_parts(h_kv * row_tiles(rows, 1), rows, 1)
     if ctas <= 128:
         return 16
     return 8 if ctas < 512 else 4
@@ -131,9 +131,14 @@ def combine_grid(config: CombineConfig, combines: int, tiles: int, rows: int, nu
 
     tiles: row tiles of a slot, over all kv heads. rows: of one sequence and kv head.
     """
-    parts = tiles * 2 * row_groups(rows) * (4 // config.vectors)
+    parts = combine_parts(tiles, rows, config.vectors)
     turns = -(-combines // max(num_sms * config.ctas_per_sm // parts, 1))
     return parts, -(-combines // turns), 1
+
+
+def combine_parts(tiles: int, rows: int, vectors: int) -> int:
+    """CTAs that share a sequence: 16 rows and 64 columns each, times `vectors`. tiles: over all kv heads."""
+    return tiles * 2 * row_groups(rows) * (4 // vectors)
 
 
 def row_groups(rows: int) -> int:

@@ -26,7 +26,7 @@ Pipelines (mbarriers; L = columns 0-255, R = 256-575)
 Named barriers (256 threads; one warpgroup arrives, the other waits)
     MAX0 a0 and m ready | MAX1 a1 and m ready | P0 in smem | P1 in smem and V0_R issued | SYNC both wait
 
-Shared memory (bytes): Q 73728, K 2 x 73728, P0 8192, row statistics 1280, plan words 32, mbarriers 192. P1
+Shared memory (bytes): Q 73728, K 2 x 73728, P0 8192, row statistics 1280, plan words 44, mbarriers 192. P1
 overlays the RoPE slab of Q, which both warpgroups keep in registers.
 
 Bounds: 2176 tensor cycles and 2304 shared-memory cycles per block and CTA; 73,728 B of DRAM per block.

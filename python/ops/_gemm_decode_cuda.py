@@ -1,7 +1,7 @@
 """CUDA body of the grouped GEMM ops for few rows per expert: describe the operands by tensor maps, find the scratch
 memory, launch.
 
-`cutehop.ops._gemm_cuda` calls it where `cutehop.cute_kernels.gemm_decode.config.choose` names a kernel. What depends
+`cutehop.ops._gemm_cuda` calls it where `cutehop.cute_kernels.gemm.config.choose` says so. What depends
 only on shapes, strides, dtypes and the addresses of a and b is worked out once and remembered as a `_Call`.
 """
 

@@ -58,8 +58,8 @@ def combine_chunk(batch: int, rows: int, h_kv: int) -> int:
 class PlanCosts(NamedTuple):
     """What the planner reckons with, in 1/COST_UNIT of the time that a partition computes on a block.
 
-    load: for a block to come through memory, if it were alone. merge, merge_piece: once for a call in which some
-    request is in two pieces, and for each piece and tile. combine, combine_piece: the same where some are in more.
+    load: for a block to come through memory while every CTA waits for one. merge, merge_piece: once for a call in which
+    some request is in two pieces, and for each piece and tile. combine, combine_piece: the same where some are in more.
     """
 
     load: int

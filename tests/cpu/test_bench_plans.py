@@ -7,6 +7,7 @@ import json
 import torch
 
 from tools.bench import plans
+from tools.bench.mla import reference
 from tools.bench.roofline import Ceilings
 
 CEILINGS = Ceilings(copy_gbs=2000.0, read_gbs=2500.0, matmul_tflops=700.0)
@@ -25,6 +26,15 @@ def test_every_way_is_timed_and_the_choice_judged():
     assert row["median_us"]["fewer"] == row["median_us"]["two"], "one plan, timed once"
     assert row["chosen_over_best"] >= 1
     assert not row["failed"]
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    monkeypatch.setattr(plans, "reference", lambda x: tuple(torch.zeros_like(t) for t in reference(x)))
+    row = plans.run_row(plans.Shape(1, 2, 16), CEILINGS, torch.device("cpu"), repeats=1)
+    assert "wrong result" in row["failed"]["many"]
+    assert row["chosen_over_best"] is None
+    assert plans.went_wrong(row)
+    assert "FAILED" in plans.table({"rows": [row]})
 
 
 def test_the_table_names_bad_choices_only():

@@ -250,6 +250,16 @@ def test_few_rows_of_few_experts_take_the_other_kernel(experts, limit, masked, e
     assert (config.dtype, config.epilogue) == ("fp8", "swiglu")
 
 
+@pytest.mark.parametrize(("dtype", "most"), [("bf16", 1), ("fp8", 2)])
+@pytest.mark.parametrize("epilogue", cfg.EPILOGUES)
+def test_fewest_rows_of_a_long_k(dtype, most, epilogue):
+    for mean in range(1, 5):
+        config = cfg.choose(dtype, epilogue, 32, 1 << 20, False, mean, V3[epilogue] // 2, 7168, 132)
+        assert isinstance(config, cfg.GemmConfig) is (mean > most)
+    short = cfg.choose(dtype, epilogue, 32, 1 << 20, False, 1, V3[epilogue], 2048, 132)
+    assert short == cfg.GemmConfig(dtype, epilogue)
+
+
 @pytest.mark.parametrize("dtype", cfg.TILES)
 @pytest.mark.parametrize("epilogue", cfg.EPILOGUES)
 def test_the_tile_by_mean_rows(dtype, epilogue):

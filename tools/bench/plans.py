@@ -6,12 +6,11 @@ python -m tools.bench.plans --rows 'b8-.*hq128'
 Every plan of `cutehop.ref.mla_plan.candidates` is run by the kernels on a batch of equal sequences, the plans taking
 turns. Where two ways give one plan it is timed once. The table shows rows where the chosen way is slower than another
 by more than 2 %, with what the planner reckoned, in the time that a partition computes on a block.
-Exit status 1 if a plan failed.
+Exit status 1 if a plan failed or its result was wrong.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import torch
 
 import cutehop  # noqa: F401
 from cutehop.ref import mla_plan as planner
+from tools.bench.mla import check, reference
 from tools.bench.roofline import Ceilings
 from tools.bench.row_bench import RowBench, columns
 from tools.bench.rows import PAGE, SOFTMAX_SCALE, Row, make_inputs
@@ -63,6 +63,7 @@ def run_row(shape: Shape, ceilings: Ceilings, device: torch.device, repeats: int
     x, row = make_inputs(shape.row, device), shape.row
     partitions = planner.num_partitions(row.s_q, row.h_q, 1, NUM_SMS)
     found = planner.candidates(list(row.lengths), partitions, row.h_q)
+    expected = reference(x)
     lanes, timed_as, failed = {}, {}, {}
     plans: dict[tuple[int, ...], str] = {}
     for way, (_, plan) in found.items():
@@ -72,8 +73,10 @@ def run_row(shape: Shape, ceilings: Ceilings, device: torch.device, repeats: int
             continue
         args = (x.q, x.k_cache, x.block_table, x.cache_seqlens, *(t.to(device) for t in tensors))
         try:
-            lanes[way] = make_lane(partial(torch.ops.cutehop.mla_decode, *args, SOFTMAX_SCALE), device)
-        except RuntimeError as problem:
+            lane = make_lane(partial(torch.ops.cutehop.mla_decode, *args, SOFTMAX_SCALE), device)
+            check(lane.result, expected)
+            lanes[way] = lane
+        except (RuntimeError, ValueError) as problem:
             failed[way] = f"{type(problem).__name__}: {problem}"
     medians = {way: statistics.median(samples) for way, samples in interleave(lanes, repeats).items()}
     times = {way: medians[lane] for way, lane in timed_as.items() if lane in medians}
@@ -102,9 +105,11 @@ def table(report: dict[str, Any]) -> str:
             ]
             ratio = f"{r['chosen_over_best']:.3f}" if r["chosen_over_best"] else "FAILED"
             lines.append([r["name"], r["chosen"], ratio, *cells])
-    mean = math.exp(statistics.mean(math.log(ratio) for ratio in ratios))
-    text = [f"{len(ratios)} shapes: chosen / best {mean:.4f} in the geometric mean, {max(ratios):.3f} at worst"]
-    return "\n".join([*columns(lines), *text])
+    text = columns(lines)
+    if ratios:
+        mean = statistics.geometric_mean(ratios)
+        text.append(f"{len(ratios)} shapes: chosen / best {mean:.4f} in the geometric mean, {max(ratios):.3f} at worst")
+    return "\n".join(text)
 
 
 def went_wrong(row: dict[str, Any]) -> bool:
