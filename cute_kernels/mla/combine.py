@@ -3,9 +3,9 @@
     M = max_j lse_j,  w_j = 2^(lse_j - M),  out = sum_j w_j O_j / (sum_j w_j + 2^(sink - M))
 
 Only for sequences in more pieces than the decode kernel merges itself. Grid (row tiles x 16-row groups x column groups,
-sequences), 256 threads. A CTA owns 16 rows x 64 or 128 columns, a warp 8 columns of each 64: the piece of accumulator
-layout that one warp of the decode kernel stored with one instruction. Pieces are taken a chunk at a time with all loads
-in flight, the running maximum as in online softmax. Bound by reading the partial results from L2.
+sequences), 256 threads. A CTA owns 16 rows x 128 or 256 columns, a warp 16 columns of each 128: the piece of
+accumulator layout that one warp of the decode kernel stored with one instruction. Pieces are taken a chunk at a time
+with all loads in flight, the running maximum as in online softmax. Bound by reading the partial results from L2.
 
 It is launched while the decode kernel still runs (programmatic dependent launch: when all CTAs of that have begun, so
 waiting is safe) and takes the place of CTAs that have ended. The pieces that a CTA needs are counted as they
@@ -54,7 +54,7 @@ class CombineArgs:
     out: cute.Pointer
     lse: cute.Pointer
     partial_out: cute.Pointer
-    partial_lse: cute.Pointer
+    partial_rows: cute.Pointer
     arrivals: cute.Pointer
     report: cute.Pointer
     batch: Int32
@@ -74,14 +74,14 @@ class CombineArgs:
 
 @dataclass(frozen=True)
 class Share:
-    """What a CTA merges of every sequence: 16 rows, and 64 columns or twice that."""
+    """What a CTA merges of every sequence: 16 rows, and 128 columns or twice that."""
 
     slot_tile: Int32
     tile: Int32
     kv_head: Int32
     all_tiles: Int32  # of a slot
     decode_warp: Int32  # which warp of the decode kernel stored it
-    columns: Int32  # the first group of 64
+    columns: Int32  # the first group of 128
     first_row: Int32
     warp: Int32
     lane: Int32
@@ -96,8 +96,8 @@ class MlaCombine:
         @cute.struct
         class Smem:
             arrived: cute.struct.MemRange[Int32, 2]
-            # 16 rows x 64 columns of 16 bits for each vector
-            out: cute.struct.Align[cute.struct.MemRange[Int32, 16 * 32 * config.vectors], 16]
+            # 16 rows x 128 columns of 16 bits for each vector
+            out: cute.struct.Align[cute.struct.MemRange[Int32, 16 * 64 * config.vectors], 16]
 
         self.Smem = Smem
 
@@ -118,7 +118,7 @@ class MlaCombine:
         _, step, _ = cute.arch.grid_dim()
         sm = SmemAllocator().allocate(self.Smem)
         arrived = sm.arrived.get_tensor(cute.make_layout(2))
-        staged = sm.out.get_tensor(cute.make_layout((self.vectors, 16, 32), stride=(512, 32, 1)))
+        staged = sm.out.get_tensor(cute.make_layout((self.vectors, 16, 64), stride=(1024, 64, 1)))
         cute.arch.griddepcontrol_launch_dependents()
         # The plan was complete before the decode kernel, which this one may overlap, began to run.
         if plan_belongs(a.plan, a.partitions, a.batch, a.split_blocks):
@@ -150,7 +150,7 @@ class MlaCombine:
         tid, _, _ = cute.arch.thread_idx()
         tiles = (a.s_q * a.heads_per_kv + (TILE_M - 1)) // TILE_M
         # part = (tile of a slot, warpgroup of the decode CTA, 16 rows, columns)
-        column_groups = 4 // self.vectors
+        column_groups = 2 // self.vectors
         columns, rest = part % column_groups, part // column_groups
         row_group, rest = rest % a.row_groups, rest // a.row_groups
         slot_tile = rest // 2
@@ -183,7 +183,7 @@ class MlaCombine:
             s_q = load_i32(a.cu_seqlens_q, req + 1) - token0
         rows = s_q * a.heads_per_kv - c.tile * TILE_M - c.first_row  # live ones of these 16 and below
         if rows > 0:
-            acc = cute.make_rmem_tensor((4, self.vectors), Float32)
+            acc = cute.make_rmem_tensor((8, self.vectors), Float32)
             top = cute.make_rmem_tensor(2, Float32)
             total = cute.make_rmem_tensor(2, Float32)
             acc.fill(0.0)
@@ -204,7 +204,7 @@ class MlaCombine:
         tid, _, _ = cute.arch.thread_idx()
         if tid < self.vectors:
             tile = (slot // (MERGE_MAX + 1)) * c.all_tiles + c.slot_tile
-            counter = a.arrivals + tile * ARRIVALS + c.decode_warp * 4 + c.columns + tid
+            counter = a.arrivals + tile * ARRIVALS + c.decode_warp * 2 + c.columns + tid
             count, start, polling = Int32(0), cute.arch.globaltimer(), Boolean(True)
             while polling:
                 count = cute.arch.load(counter, Int32, sem="acquire", scope="gpu")
@@ -229,25 +229,26 @@ class MlaCombine:
         pieces: Int32, c: Share,
     ):  # fmt: skip
         """Add pieces first .. first + chunk - 1. The four lanes of a row share the work on its lse values."""
-        vector = ((slot * c.all_tiles + c.slot_tile) * WARPS_OUT + c.decode_warp) * 32 + c.columns * 8 + c.warp
+        vector = ((slot * c.all_tiles + c.slot_tile) * WARPS_OUT + c.decode_warp) * 16 + c.columns * 8 + c.warp
         values = a.partial_out.toint() + (Int64(vector) * 32 + c.lane) * 16
-        values_step = Int64(c.all_tiles) * (TILE_M * HEAD_DIM_V * 4)
-        lses = ((Int64(slot) * c.all_tiles + c.slot_tile) * WARPS_OUT + c.decode_warp) * 16 + c.lane // 4
-        lses_step = c.all_tiles * (WARPS_OUT * 16)
+        values_step = Int64(c.all_tiles) * (TILE_M * HEAD_DIM_V * 2)
+        row = ((Int64(slot) * c.all_tiles + c.slot_tile) * WARPS_OUT + c.decode_warp) * 16 + c.lane // 4
+        rows, rows_step = a.partial_rows.toint() + row * 8, c.all_tiles * (WARPS_OUT * 16 * 8)
         loaded = []
         for u in cutlass.range_constexpr(self.chunk):
             there = Int32(first + u < pieces)
             for v in cutlass.range_constexpr(self.vectors):
                 address = values + Int64(first + u) * values_step + v * (8 * 512)
-                loaded.append(ptx.ld_global_v4_f32_if(address, there))
+                loaded.append(ptx.ld_global_v4_if(address, there))
         weights = [[None] * (self.chunk // 4) for _ in range(2)]
+        scales = [[None] * (self.chunk // 4) for _ in range(2)]
         for h in cutlass.range_constexpr(2):
             high = top[h]
             for i in cutlass.range_constexpr(self.chunk // 4):
                 piece = first + 4 * i + c.lane % 4
-                weights[h][i] = -Float32.inf
+                weights[h][i], scales[h][i] = -Float32.inf, Float32(0.0)
                 if piece < pieces:
-                    weights[h][i] = load_f32(a.partial_lse, lses + 8 * h + Int64(piece) * lses_step)
+                    weights[h][i], scales[h][i] = ptx.ld_global_v2_f32(rows + h * 64 + Int64(piece) * rows_step)
                 high = cute.arch.fmax(high, weights[h][i])
             high = cute.arch.fmax(high, cute.arch.shuffle_sync_bfly(high, offset=1))
             high = cute.arch.fmax(high, cute.arch.shuffle_sync_bfly(high, offset=2))
@@ -257,18 +258,20 @@ class MlaCombine:
             for i in cutlass.range_constexpr(self.chunk // 4):
                 weights[h][i] = cute.math.exp2(weights[h][i] - high, fastmath=True)
                 added += weights[h][i]
+                weights[h][i] = weights[h][i] * scales[h][i]
             added += cute.arch.shuffle_sync_bfly(added, offset=1)
             added += cute.arch.shuffle_sync_bfly(added, offset=2)
             total[h] = total[h] * shrink + added
             for v in cutlass.range_constexpr(self.vectors):
-                acc[2 * h, v] = acc[2 * h, v] * shrink
-                acc[2 * h + 1, v] = acc[2 * h + 1, v] * shrink
+                for k in (2 * h, 2 * h + 1, 2 * h + 4, 2 * h + 5):
+                    acc[k, v] = acc[k, v] * shrink
         for u in cutlass.range_constexpr(self.chunk):
             for h in cutlass.range_constexpr(2):
                 weight = cute.arch.shuffle_sync(weights[h][u // 4], (c.lane // 4) * 4 + u % 4)
                 for v in cutlass.range_constexpr(self.vectors):
-                    for k in cutlass.range_constexpr(2 * h, 2 * h + 2):
-                        acc[k, v] = acc[k, v] + weight * loaded[u * self.vectors + v][k]
+                    for w in (h, h + 2):
+                        for i, value in enumerate(ptx.unpack_f16(loaded[u * self.vectors + v][w])):
+                            acc[2 * w + i, v] = acc[2 * w + i, v] + weight * value
 
     @cute.jit
     def store(
@@ -276,7 +279,7 @@ class MlaCombine:
         token0: Int32, rows: Int32, c: Share,
     ):  # fmt: skip
         """Divide, and store whole lines by way of shared memory."""
-        frag = cute.make_rmem_tensor((2, self.vectors), self.dtype)
+        frag = cute.make_rmem_tensor((4, self.vectors), self.dtype)
         words = cute.recast_tensor(frag, Int32)
         for h in cutlass.range_constexpr(2):
             row = c.lane // 4 + 8 * h
@@ -290,22 +293,23 @@ class MlaCombine:
             seen = total[h] != 0.0  # also NaN, from a fault
             factor = cute.arch.rcp_approx(denominator) if seen else Float32(0.0)
             for v in cutlass.range_constexpr(self.vectors):
-                frag[0, v] = self.dtype(acc[2 * h, v] * factor)
-                frag[1, v] = self.dtype(acc[2 * h + 1, v] * factor)
-                staged[v, row, c.warp * 4 + c.lane % 4] = words[0, v]
+                for i, k in enumerate((2 * h, 2 * h + 1, 2 * h + 4, 2 * h + 5)):
+                    frag[i, v] = self.dtype(acc[k, v] * factor)
+                staged[v, row, c.warp * 8 + c.lane % 4] = words[0, v]
+                staged[v, row, c.warp * 8 + 4 + c.lane % 4] = words[1, v]
             if live & (c.warp == 0) & (c.lane % 4 == 0) & (c.columns == 0) & (c.decode_warp < 4):
                 lse = (top[h] + cute.math.log2(total[h], fastmath=True)) * LN2
                 store_f32(a.lse, lse_index(a, req, token0, token, head), lse if seen else a.empty_lse)
         cute.arch.sync_threads()
-        # 16 threads store the 128 bytes of one row
-        r, word = c.warp * 2 + c.lane // 16, (c.lane % 16) * 2
+        # 16 threads store the 256 bytes of one row
+        r, word = c.warp * 2 + c.lane // 16, (c.lane % 16) * 4
         if r < rows:
             packed = c.tile * TILE_M + c.first_row + r
             token, head = packed // a.heads_per_kv, c.kv_head * a.heads_per_kv + packed % a.heads_per_kv
-            column = (c.decode_warp // 4) * 256 + c.columns * 64 + word * 2
+            column = (c.decode_warp // 4) * 256 + c.columns * 128 + word * 2
             address = a.out.toint() + ((Int64(token0 + token) * a.h_q + head) * HEAD_DIM_V + column) * 2
             for v in cutlass.range_constexpr(self.vectors):
-                ptx.st_global_v2(address + v * 128, staged[v, r, word], staged[v, r, word + 1])
+                ptx.st_global_v4(address + v * 256, *(staged[v, r, word + i] for i in range(4)))
         cute.arch.sync_threads()  # before the next sequence is staged
 
 

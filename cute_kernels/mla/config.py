@@ -23,7 +23,7 @@ PLAN_WAYS = 4  # to cut that the planner compares, a warp each
 PLAN_THREADS = 32 * PLAN_WAYS
 RESCALE_LOG2 = 8.0  # O is rescaled only when a row maximum grew by more than 2**8
 WARPS_OUT = 8  # math warps: each stores 16 rows x 256 columns of a partial result
-ARRIVALS = 32  # counters of a combined sequence's tile: one per 16 rows x 64 columns, each read by one combine CTA
+ARRIVALS = 16  # counters of a combined sequence's tile: one per 16 rows x 128 columns, each read by one combine CTA
 POLL_NS = 1_000_000  # combine: after so long it waits for the whole decode kernel instead
 MERGE_NS = 2_000_000_000  # decode: nothing but a broken plan keeps the other piece away so long; it takes about 2 us
 
@@ -55,7 +55,7 @@ class DecodeConfig:
 class CombineConfig:
     """One compiled combine kernel.
 
-    chunk: pieces loaded before the first use, 4, 8 or 16. vectors: 64-column groups of a CTA, 1 or 2.
+    chunk: pieces loaded before the first use, 4, 8 or 16. vectors: 128-column groups of a CTA, 1 or 2.
     """
 
     dtype: str
@@ -75,7 +75,7 @@ class PlanConfig:
 
 def plan_costs(rows: int) -> tuple[int, int, int, int, int]:
     """Planner, in 1/COST_UNIT blocks: load, merge, merge_piece, combine, combine_piece of cutehop.ref.mla_plan."""
-    return (120, 180, 3, 0, 2) if rows <= 32 else (216, 360, 2, 180, 4)
+    return (120, 180, 3, 0, 2) if rows <= 32 else (168, 330, 1, 120, 3)
 
 
 def max_combines(batch: int, partitions: int, max_blocks: int, split_blocks: int) -> int:
@@ -137,8 +137,8 @@ def combine_grid(config: CombineConfig, combines: int, tiles: int, rows: int, nu
 
 
 def combine_parts(tiles: int, rows: int, vectors: int) -> int:
-    """CTAs that share a sequence: 16 rows and 64 columns each, times `vectors`. tiles: over all kv heads."""
-    return tiles * 2 * row_groups(rows) * (4 // vectors)
+    """CTAs that share a sequence: 16 rows and 128 columns each, times `vectors`. tiles: over all kv heads."""
+    return tiles * 2 * row_groups(rows) * (2 // vectors)
 
 
 def row_groups(rows: int) -> int:

@@ -37,49 +37,57 @@ class Epilogue(Faults):
         total0 = s.row_sum[c.row] + s.row_sum[c.row + TILE_M]
         total1 = s.row_sum[c.row + 8] + s.row_sum[c.row + 8 + TILE_M]
         sync_math()  # the next piece may overwrite the statistics
-        self.normalize(O, lse, total0, total1)
+        scale = cute.make_rmem_tensor(2, Float32)
+        self.normalize(O, lse, scale, total0, total1, cut)
         leader = (c.wg == 0) & (c.t == 0)
         report_fault(s.addresses[1], cut.fault, req, leader)
         poison = Float32.nan if cut.fault != 0 else Float32(0.0)
         for h in cutlass.range_constexpr(2):
             lse[h] = lse[h] + poison  # NaN makes the row NaN when it is merged or stored
-        self.finish(a, s, O, lse, piece, cut, req, split, leader, c)
+        self.finish(a, s, O, lse, scale, piece, cut, req, split, leader, c)
 
     @cute.jit
     def finish(
-        self, a: DecodeArgs, s: Shared, O: cute.Tensor, lse: cute.Tensor, piece: Piece, cut: Cut, req: Int32,
-        split: Int32, leader: Boolean, c: Place,
+        self, a: DecodeArgs, s: Shared, O: cute.Tensor, lse: cute.Tensor, scale: cute.Tensor, piece: Piece, cut: Cut,
+        req: Int32, split: Int32, leader: Boolean, c: Place,
     ):  # fmt: skip
         """Store the result, or a piece of it for others to merge."""
         rows = piece.s_q * a.heads_per_kv - c.tile * TILE_M  # live rows of the tile
         mine = Boolean(True)
         if cut.pieces > MERGE_MAX:
-            self.store_partial(a, O, lse, partial_tile(a, cut.slot + split, c.tile, c.kv_head), rows, c)
+            self.store_partial(a, O, lse, scale, partial_tile(a, cut.slot + split, c.tile, c.kv_head), rows, c)
             sync_math()
             self.announce(a, cut, rows, c)
             mine = Boolean(False)
         elif cut.pieces > 0:
-            mine = self.merge(a, s, O, lse, cut, req, split, rows, leader, c)
+            mine = self.merge(a, s, O, lse, scale, cut, req, split, rows, leader, c)
         if mine:
             for h in cutlass.range_constexpr(2):
                 self.store_whole(a, O, h, lse[h], piece, req, rows, c)
 
     @cute.jit
-    def normalize(self, O: cute.Tensor, lse: cute.Tensor, total0: Float32, total1: Float32):
-        """Divide by the row sums and turn the maxima into lse, base 2; 0 and -inf where nothing was visible."""
+    def normalize(
+        self, O: cute.Tensor, lse: cute.Tensor, scale: cute.Tensor, total0: Float32, total1: Float32, cut: Cut
+    ):
+        """Divide by the row sums, or bring a piece into the range of fp16: O * scale is the result. The maxima become
+        lse, base 2. 0 and -inf where nothing was visible."""
         for h in cutlass.range_constexpr(2):
             total = total0 if const_expr(h == 0) else total1
             seen = total > 0.0
             factor = cute.arch.rcp_approx(total) if seen else Float32(0.0)
             lse[h] = lse[h] + cute.math.log2(total, fastmath=True) if seen else -Float32.inf
+            scale[h] = Float32(1.0)
+            if cut.pieces > 0:
+                unit, inverse = self.unit(O, h)
+                scale[h], factor = factor * unit, inverse
             for j in cutlass.range_constexpr(64):
                 i = (j // 2) * 4 + 2 * h + j % 2
                 O[i] = O[i] * factor
 
     @cute.jit
     def merge(
-        self, a: DecodeArgs, s: Shared, O: cute.Tensor, lse: cute.Tensor, cut: Cut, req: Int32, split: Int32,
-        rows: Int32, leader: Boolean, c: Place,
+        self, a: DecodeArgs, s: Shared, O: cute.Tensor, lse: cute.Tensor, scale: cute.Tensor, cut: Cut, req: Int32,
+        split: Int32, rows: Int32, leader: Boolean, c: Place,
     ):  # fmt: skip
         """Merge the two pieces of a sequence. True for the CTA that ends up with the result in its registers.
 
@@ -99,9 +107,9 @@ class Epilogue(Faults):
         if second:
             if meets:
                 change = self.await_first(s, ticket, lse, req, leader)
-            self.add_partial(a, O, lse, partial_tile(a, cut.slot + (split ^ 1), c.tile, c.kv_head), rows, c)
+            self.add_partial(a, O, lse, scale, partial_tile(a, cut.slot + (split ^ 1), c.tile, c.kv_head), rows, c)
         else:
-            self.store_partial(a, O, lse, partial_tile(a, cut.slot + split, c.tile, c.kv_head), rows, c)
+            self.store_partial(a, O, lse, scale, partial_tile(a, cut.slot + split, c.tile, c.kv_head), rows, c)
         sync_math()
         if leader & meets:
             cute.arch.fence_acq_rel_gpu()
@@ -124,13 +132,17 @@ class Epilogue(Faults):
         return -state
 
     @cute.jit
-    def add_partial(self, a: DecodeArgs, O: cute.Tensor, lse: cute.Tensor, tile_index: Int32, rows: Int32, c: Place):
-        """The softmax-weighted mean of this CTA's normalized result and a stored one."""
+    def add_partial(
+        self, a: DecodeArgs, O: cute.Tensor, lse: cute.Tensor, scale: cute.Tensor, tile_index: Int32, rows: Int32,
+        c: Place,
+    ):  # fmt: skip
+        """The softmax-weighted mean of this CTA's piece, rounded as if it had been stored, and a stored one."""
         if (c.t // 32) * 16 < rows:
-            base = a.partial_out.toint() + ((Int64(tile_index) * 8 + c.wg * 4 + c.t // 32) * 32 * 32 + c.t % 32) * 16
+            address = partial_address(a, tile_index, c)
+            loaded = [ptx.ld_global_v4(address + j * 512) for j in range(16)]
             mine, theirs = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
             for h in cutlass.range_constexpr(2):
-                other = load_f32(a.partial_lse, partial_row(tile_index, c) + 8 * h)
+                other, other_scale = ptx.ld_global_v2_f32(partial_row_address(a, tile_index, c) + h * 64)
                 top = cute.arch.fmax(lse[h], other)
                 seen = top != -Float32.inf  # also NaN, from a fault
                 top = top if seen else Float32(0.0)
@@ -138,16 +150,13 @@ class Epilogue(Faults):
                 theirs[h] = cute.math.exp2(other - top, fastmath=True)
                 both = mine[h] + theirs[h]
                 factor = cute.arch.rcp_approx(both) if seen else Float32(0.0)
-                mine[h] = mine[h] * factor
-                theirs[h] = theirs[h] * factor
+                mine[h] = mine[h] * factor * scale[h]
+                theirs[h] = theirs[h] * factor * other_scale
                 lse[h] = top + cute.math.log2(both, fastmath=True) if seen else -Float32.inf
-            for part in cutlass.range_constexpr(4):
-                cute.arch.sync_warp()  # ptxas would move all the loads up here, and spill
-                loaded = [ptx.ld_global_v4_f32(base + (part * 8 + j) * 512) for j in range(8)]
-                for j in cutlass.range_constexpr(8):
-                    for i in cutlass.range_constexpr(4):
-                        k = (part * 8 + j) * 4 + i
-                        O[k] = ptx.weighted_sum(O[k], mine[i // 2], loaded[j][i], theirs[i // 2])
+            for k in cutlass.range_constexpr(64):
+                rounded = ptx.unpack_f16(ptx.pack_f16(O[2 * k], O[2 * k + 1]))
+                for i, value in enumerate(ptx.unpack_f16(loaded[k // 4][k % 4])):
+                    O[2 * k + i] = ptx.weighted_sum(rounded[i], mine[k % 2], value, theirs[k % 2])
 
     @cute.jit
     def store_whole(
@@ -189,25 +198,52 @@ class Epilogue(Faults):
                 ptx.st_global_v4(out_row + (c.wg * 256 + (4 * g + lane) * 8) * 2, x[0], x[1], x[2], x[3])
 
     @cute.jit
-    def store_partial(self, a: DecodeArgs, O: cute.Tensor, lse: cute.Tensor, tile_index: Int32, rows: Int32, c: Place):
-        """A normalized result as it lies in the registers: each store of a warp fills 512 adjacent bytes."""
+    def store_partial(
+        self, a: DecodeArgs, O: cute.Tensor, lse: cute.Tensor, scale: cute.Tensor, tile_index: Int32, rows: Int32,
+        c: Place,
+    ):  # fmt: skip
+        """A piece as it lies in the registers: each store of a warp fills 512 adjacent bytes."""
         if (c.t // 32) * 16 < rows:  # else the whole warp has nothing but padding
-            base = a.partial_out.toint() + ((Int64(tile_index) * 8 + c.wg * 4 + c.t // 32) * 32 * 32 + c.t % 32) * 16
-            for j in cutlass.range_constexpr(32):
-                ptx.st_global_v4_f32(base + j * 512, O[4 * j], O[4 * j + 1], O[4 * j + 2], O[4 * j + 3])
+            address = partial_address(a, tile_index, c)
+            for j in cutlass.range_constexpr(16):
+                words = [ptx.pack_f16(O[8 * j + 2 * w], O[8 * j + 2 * w + 1]) for w in range(4)]
+                ptx.st_global_v4(address + j * 512, *words)
             if c.t % 4 == 0:
-                store_f32(a.partial_lse, partial_row(tile_index, c), lse[0])
-                store_f32(a.partial_lse, partial_row(tile_index, c) + 8, lse[1])
+                for h in cutlass.range_constexpr(2):
+                    ptx.st_global_v2_f32(partial_row_address(a, tile_index, c) + h * 64, lse[h], scale[h])
+
+    @cute.jit
+    def unit(self, O: cute.Tensor, h: cutlass.Constexpr[int]):
+        """A power of two by which a row's values of this warp become smaller than 2**15, hardly so; its inverse.
+
+        A row with an infinity gets 1: the others keep their digits if they are of ordinary size.
+        """
+        tops = [Float32(0.0)] * 4  # one would be a chain of 64
+        for j in cutlass.range_constexpr(64):
+            tops[j % 4] = cute.arch.fmax(tops[j % 4], ptx.abs_f32(O[(j // 2) * 4 + 2 * h + j % 2]))
+        top = cute.arch.fmax(cute.arch.fmax(tops[0], tops[1]), cute.arch.fmax(tops[2], tops[3]))
+        top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, offset=1))
+        top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, offset=2))
+        exponent = top.bitcast(Int32) >> 23
+        exponent = exponent if exponent < 255 else Int32(141)
+        exponent = exponent if exponent > 15 else Int32(15)
+        return ((exponent - 14) << 23).bitcast(Float32), ((268 - exponent) << 23).bitcast(Float32)
 
     @cute.jit
     def announce(self, a: DecodeArgs, cut: Cut, rows: Int32, c: Place):
-        """Count this piece for the combine kernel, with one instruction: lane = (warpgroup, 16 rows, 64 columns)."""
+        """Count this piece for the combine kernel, with one instruction: lane = (warpgroup, 16 rows, 128 columns)."""
         tile = partial_tile(a, cut.slot // (MERGE_MAX + 1), c.tile, c.kv_head)
-        first_row = (c.t // 4) % 4 * 16
+        first_row = (c.t // 2) % 4 * 16
         wanted = (c.wg == 0) & (c.t < ARRIVALS) & (first_row < rows)
         ptx.red_release_gpu_if(a.arrivals + tile * ARRIVALS + c.t, Int32(1), Int32(wanted))
 
 
-def partial_row(tile_index, c: Place):
-    """Element of partial_lse of the thread's first row. Each warp stores the lse of its rows, so it needs no other."""
-    return (Int64(tile_index) * WARPS_OUT + c.wg * 4 + c.t // 32) * 16 + (c.t % 32) // 4
+def partial_address(a: DecodeArgs, tile_index, c: Place):
+    """Of the thread's first 16 bytes in partial_out."""
+    return a.partial_out.toint() + ((Int64(tile_index) * WARPS_OUT + c.wg * 4 + c.t // 32) * 512 + c.t % 32) * 16
+
+
+def partial_row_address(a: DecodeArgs, tile_index, c: Place):
+    """Of the thread's first row in partial_rows. Each warp stores the lse of its rows, so it needs no other."""
+    row = (Int64(tile_index) * WARPS_OUT + c.wg * 4 + c.t // 32) * 16 + (c.t % 32) // 4
+    return a.partial_rows.toint() + row * 8

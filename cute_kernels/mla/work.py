@@ -34,12 +34,15 @@ class DecodeArgs:
     attn_sink: cute.Pointer  # float32 (h_q,), read only if has_sink != 0
     out: cute.Pointer  # (b, s_q, h_q, 512) or (total_q, h_q, 512)
     lse: cute.Pointer  # float32 (b, h_q, s_q) or (h_q, total_q)
-    # float32 (slots, tiles, 8 warps, 32, 32 lanes, 4): accumulators as they lie in registers, divided by the row sums
+    # fp16 (slots, tiles, 8 warps, 16, 32 lanes, 8): accumulators as they lie in registers, over a power of two that
+    # keeps a warp's largest of a row below 2**15
     partial_out: cute.Pointer
-    partial_lse: cute.Pointer  # float32 (slots, tiles, 8 warps, 16 rows), base 2; -inf for a piece without visible keys
+    # float32 (slots, tiles, 8 warps, 16 rows, 2): lse, base 2, -inf for a piece without visible keys; what makes the
+    # fp16 values of the row the piece's result, that is the power of two over the row sum
+    partial_rows: cute.Pointer
     # Both are 0 between launches.
     tickets: cute.Pointer  # int32 (partitions, tiles): two pieces meet, see epilogue.Epilogue.merge
-    arrivals: cute.Pointer  # int32 (slots / 3, tiles, 32): pieces stored, see epilogue.Epilogue.announce
+    arrivals: cute.Pointer  # int32 (slots / 3, tiles, 16): pieces stored, see epilogue.Epilogue.announce
     report: cute.Pointer  # int32 in host memory: what was wrong with the plan, see config.FAULT_*
     batch: Int32
     slots: Int32  # of the partial results

@@ -29,6 +29,11 @@ def st_global_v2(gmem_addr, a, b):
     cute.arch.inline_ptx("st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[gmem_addr, a, b])
 
 
+def st_global_v2_f32(gmem_addr, a, b):
+    """8-byte store of two floats."""
+    cute.arch.inline_ptx("st.global.v2.f32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[gmem_addr, a, b])
+
+
 def ld_global_v4_f32(gmem_addr):
     """16-byte load of four floats, coherent (written earlier by another kernel that may still be in the same graph)."""
     return cute.arch.inline_ptx(
@@ -38,14 +43,45 @@ def ld_global_v4_f32(gmem_addr):
     )
 
 
-def ld_global_v4_f32_if(gmem_addr, wanted):
-    """The same where `wanted` (Int32) is not 0, else zeros and no access."""
+def ld_global_v2_f32(gmem_addr):
+    """8-byte load of two floats, coherent."""
     return cute.arch.inline_ptx(
-        "{ .reg .pred p; setp.ne.s32 p, {$r1}, 0; mov.f32 {$w0}, 0f00000000; mov.f32 {$w1}, 0f00000000; "
-        "mov.f32 {$w2}, 0f00000000; mov.f32 {$w3}, 0f00000000; "
-        "@p ld.global.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}]; }",
-        write_only_types=[Float32, Float32, Float32, Float32],
+        "ld.global.v2.f32 {{$w0}, {$w1}}, [{$r0}];", write_only_types=[Float32, Float32], read_only_args=[gmem_addr]
+    )
+
+
+def ld_global_v4_if(gmem_addr, wanted):
+    """16 bytes as four Int32 where `wanted` (Int32) is not 0, else zeros and no access; coherent."""
+    return cute.arch.inline_ptx(
+        "{ .reg .pred p; setp.ne.s32 p, {$r1}, 0; mov.b32 {$w0}, 0; mov.b32 {$w1}, 0; mov.b32 {$w2}, 0; "
+        "mov.b32 {$w3}, 0; @p ld.global.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}]; }",
+        write_only_types=[Int32, Int32, Int32, Int32],
         read_only_args=[gmem_addr, wanted],
+    )
+
+
+def ld_global_v4(gmem_addr):
+    """16 bytes as four Int32, coherent."""
+    return cute.arch.inline_ptx(
+        "ld.global.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Int32, Int32, Int32, Int32],
+        read_only_args=[gmem_addr],
+    )
+
+
+def pack_f16(a, b):
+    """Two floats as fp16, to nearest even; a in the lower half."""
+    return cute.arch.inline_ptx(
+        "cvt.rn.f16x2.f32 {$w0}, {$r1}, {$r0};", write_only_types=[Int32], read_only_args=[a, b]
+    )
+
+
+def unpack_f16(word):
+    """The lower and the upper half, as floats."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b16 low, high; mov.b32 {low, high}, {$r0}; cvt.f32.f16 {$w0}, low; cvt.f32.f16 {$w1}, high; }",
+        write_only_types=[Float32, Float32],
+        read_only_args=[word],
     )
 
 

@@ -147,21 +147,21 @@ def decode(
     q_map = call.q_map
     if q_map is None:  # the copy has to live until the launch, or the scratch memory might get its memory
         q_map, _, q = _q_map(q, k_cache.shape[2], *call.shapes[:2], cu_seqlens_q is not None)
-    partial_out, partial_lse, tickets, arrivals, report = scratch_of(device, stream, call.scratch)
+    partial_out, partial_rows, tickets, arrivals, report = scratch_of(device, stream, call.scratch)
     plan_ptr, splits_ptr, lse_ptr = tile_scheduler_metadata.data_ptr(), num_splits.data_ptr(), lse.data_ptr()
     cu_ptr = cu_seqlens_q.data_ptr() if cu_seqlens_q is not None else 0
     sink_ptr = attn_sink.data_ptr() if attn_sink is not None else 0
     empty_lse = -math.inf if empty_lse_neg_inf else math.inf
     call.decode.launch(
         call.grid, stream, q_map, call.k_map, block_table.data_ptr(), call.table_stride,
-        cache_seqlens.data_ptr(), cu_ptr, plan_ptr, splits_ptr, sink_ptr, out_ptr, lse_ptr, partial_out, partial_lse,
+        cache_seqlens.data_ptr(), cu_ptr, plan_ptr, splits_ptr, sink_ptr, out_ptr, lse_ptr, partial_out, partial_rows,
         tickets, arrivals, report, *call.sizes, *call.q_step, *call.shapes, causal, sink_ptr != 0, call.split_blocks,
         call.scale_log2, empty_lse,
     )  # fmt: skip
     if call.combine is not None:
         call.combine.launch(
             call.combine_grid, stream, plan_ptr, splits_ptr, cu_ptr, sink_ptr, out_ptr, lse_ptr, partial_out,
-            partial_lse, arrivals, report, *call.sizes, *call.shapes, sink_ptr != 0, call.split_blocks,
+            partial_rows, arrivals, report, *call.sizes, *call.shapes, sink_ptr != 0, call.split_blocks,
             *call.to_combine, empty_lse,
         )  # fmt: skip
 

@@ -21,11 +21,11 @@ from cutehop.cute_kernels.jit import driver
 from cutehop.cute_kernels.mla import config as cfg
 
 Need = tuple[int, int, int]  # row tiles of partial results, tickets, arrivals
-Addresses = tuple[int, int, int, int, int]  # partial_out, partial_lse, tickets, arrivals, report
+Addresses = tuple[int, int, int, int, int]  # partial_out, partial_rows, tickets, arrivals, report
 
 _CAPTURE_COUNTERS = 4 << 20  # int32 per device, for captured calls
-_PARTIAL_OUT_BYTES = cfg.TILE_M * cfg.HEAD_DIM_V * 4
-_PARTIAL_FLOATS = cfg.TILE_M * cfg.HEAD_DIM_V + cfg.WARPS_OUT * 16  # of one tile: its output and its lse
+_PARTIAL_OUT_BYTES = cfg.TILE_M * cfg.HEAD_DIM_V * 2
+_PARTIAL_FLOATS = cfg.TILE_M * cfg.HEAD_DIM_V // 2 + cfg.WARPS_OUT * 16 * 2  # of one tile: output, lse and factors
 _FAULTS = {
     cfg.FAULT_PLAN: "tile_scheduler_metadata is of another batch size or other split_tokens; "
     "give mla_plan and mla_decode the same ones",

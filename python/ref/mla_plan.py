@@ -47,9 +47,9 @@ def num_partitions(s_q: int, h_q: int, h_kv: int, num_sms: int) -> int:
 def combine_chunk(batch: int, rows: int, h_kv: int) -> int:
     """Pieces that the combine kernel loads at a time: the fewer CTAs it may need, the more registers each can have.
 
-    rows: query rows of one request and kv head. A CTA takes 16 rows and 64 of the 512 columns.
+    rows: query rows of one request and kv head. A CTA takes 16 rows and 128 of the 512 columns.
     """
-    ctas = batch * h_kv * -(-rows // ROW_TILE) * min(-(-rows // 16), ROW_TILE // 16) * 8
+    ctas = batch * h_kv * -(-rows // ROW_TILE) * min(-(-rows // 16), ROW_TILE // 16) * 4
     if ctas <= 128:
         return 16
     return 8 if ctas < 512 else 4
@@ -71,7 +71,7 @@ class PlanCosts(NamedTuple):
 
 def plan_costs(rows: int) -> PlanCosts:
     """rows: query rows of one request and kv head. Fitted to 700 calls on an H100 (cute_kernels/mla/README.md)."""
-    return PlanCosts(120, 180, 3, 0, 2) if rows <= 32 else PlanCosts(216, 360, 2, 180, 4)
+    return PlanCosts(120, 180, 3, 0, 2) if rows <= 32 else PlanCosts(168, 330, 1, 120, 3)
 
 
 def _fill(blocks: list[int], credit_per_partition: int, shortest: int, longest: int) -> tuple[list[Record], list[int]]:

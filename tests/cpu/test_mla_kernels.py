@@ -126,7 +126,7 @@ def test_decode_moves_registers_from_the_loaders_to_the_math(bundle):
 
 @each([v for v in OTHERS if v[0] is mla.combine_kernel])
 def test_combine_has_as_many_loads_in_flight_as_an_sm_takes(bundle, variant):
-    loads = len(re.findall(r"ld\.global\S*\.v4\.f32", bundle.ptx))
+    loads = len(re.findall(r"ld\.global\.v4\.b32", bundle.ptx))
     assert loads == variant[1].chunk * variant[1].vectors
     assert bundle.registers * bundle.threads * variant[1].ctas_per_sm <= REGISTERS_PER_SM
 

@@ -139,7 +139,7 @@ def test_lengths_that_changed(h_q, factor, split_tokens):
 
 def test_two_pieces_one_of_which_finds_a_fault():
     """The two CTAs meet all the same, so the ticket is back at 0, and the result is NaN in both orders."""
-    inputs = build_inputs(MlaCase(33, 1, 1024, 64), "cuda")
+    inputs = build_inputs(MlaCase(64, 1, 1024, 64), "cuda")
     plan = inputs.plan()
     assert (plan[1].diff() == cfg.MERGE_MAX).any()
     inputs.cache_seqlens[5] = 1000

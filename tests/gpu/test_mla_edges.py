@@ -149,6 +149,38 @@ def test_scores_far_below_zero():
     assert not failures(inputs, inputs.decode())
 
 
+# many pieces, and two that CTAs merge among themselves
+CUT = (MlaCase(2, 1, 5000, 16), MlaCase(2, 2, 5000, 64), MlaCase(64, 1, 1024, 64), MlaCase(33, 1, 1024, 128))
+
+
+@pytest.mark.parametrize("case", CUT, ids=str)
+def test_values_of_any_size(case):
+    """Partial results are fp16 with a power of two for each row, so scaling by one shows in no other bit."""
+    inputs = build_inputs(case, "cuda")
+    assert (inputs.plan()[1].diff() > 1).all()
+    out, lse = inputs.decode()
+    q, k = inputs.q.clone(), inputs.k_cache.clone()
+    for exponent in (-90, -20, 20, 90):
+        inputs.k_cache.copy_(k * 2.0**exponent)
+        inputs.q.copy_(q * 2.0**-exponent)
+        scaled, same = inputs.decode()
+        assert torch.equal(scaled, out * 2.0**exponent)
+        assert torch.equal(same, lse)
+
+
+@pytest.mark.parametrize("case", CUT, ids=str)
+def test_one_column_far_larger_than_the_others(case):
+    """fp16 reaches 2^-39 of the largest value: values 2^20 below it keep their digits, those far below them some."""
+    inputs = build_inputs(case, "cuda")
+    inputs.q[..., 7] = 0
+    expected, _ = inputs.decode()
+    inputs.k_cache[..., 7] *= 2.0**20
+    out, _ = inputs.decode()
+    expected[..., 7] *= 2.0**20
+    usual = expected.abs().float().median().item()
+    torch.testing.assert_close(out, expected, rtol=2**-7, atol=2**-18 * usual)
+
+
 @pytest.mark.parametrize("tokens_q", [None, (2, 0, 1)], ids=["even", "ragged"])
 def test_every_output_element_is_written(tokens_q):
     for lengths, h_q in itertools.product([(0, 0, 0), (1, 0, 100), (9000, 64, 0)], (3, 16, 64, 128)):

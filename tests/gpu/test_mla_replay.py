@@ -87,6 +87,7 @@ def test_graph_replays_with_other_lengths(h_q, s_q, split_tokens):
         MlaCase(1, 1, 4096, 16),
         MlaCase(1, 1, 65536, 128),
         MlaCase(16, 1, 4096, 128, varlen=True),
+        MlaCase(64, 1, 1024, 64),
         MlaCase(128, 2, 2048, 128, varlen=True, causal=True),
         MlaCase(9, 4, 3000, 126, h_kv=3, varlen=True, sink=True, page=16),
         MlaCase(9, 1, 3000, 64, varlen=True, split_tokens=256),
