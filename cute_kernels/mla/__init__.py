@@ -3,7 +3,7 @@
 from itertools import product
 
 from ..jit import Program, compiled
-from .config import PAGE_SIZES, CombineConfig, DecodeConfig, PlanConfig
+from .config import COMBINE_SHAPES, PAGE_SIZES, CombineConfig, DecodeConfig, PlanConfig
 
 
 @compiled
@@ -33,5 +33,5 @@ def variants():
     yield plan_kernel, PlanConfig()
     for dtype, page, spread in product(dtypes, PAGE_SIZES, (False, True)):
         yield decode_kernel, DecodeConfig(dtype, page, spread)
-    shapes = ((4, 2), (8, 1), (16, 1))
-    yield from ((combine_kernel, CombineConfig(dtype, *shape)) for dtype in dtypes for shape in shapes)
+    for dtype, shape in product(dtypes, COMBINE_SHAPES):
+        yield combine_kernel, CombineConfig(dtype, *shape)

@@ -18,12 +18,16 @@ CUT = 7  # split_blocks << CUT_SHIFT, plus the pieces of the sequence in whose m
 CUT_SHIFT = 12
 CUT_PIECES = (1 << CUT_SHIFT) - 1  # more pieces are written as so many
 PAGE_SIZES = (16, 32, 64, 128)
-COMBINE_THREADS = 256
+COMBINE_WARPS = 8
+COMBINE_THREADS = 32 * COMBINE_WARPS
+# (chunk, teams, vectors) of combine kernels, see CombineConfig
+COMBINE_SHAPES = ((4, 8, 1), (4, 4, 1), (4, 2, 1), (8, 1, 1), (4, 1, 2))
+READER = 1 << 26  # what a combine CTA adds to a counter of arrivals when it needs it no more
 PLAN_WAYS = 4  # to cut that the planner compares, a warp each
 PLAN_THREADS = 32 * PLAN_WAYS
 RESCALE_LOG2 = 8.0  # O is rescaled only when a row maximum grew by more than 2**8
 WARPS_OUT = 8  # math warps: each stores 16 rows x 256 columns of a partial result
-ARRIVALS = 16  # counters of a combined sequence's tile: one per 16 rows x 128 columns, each read by one combine CTA
+ARRIVALS = 8  # counters of a combined sequence's tile: one per math warp
 POLL_NS = 1_000_000  # combine: after so long it waits for the whole decode kernel instead
 MERGE_NS = 2_000_000_000  # decode: nothing but a broken plan keeps the other piece away so long; it takes about 2 us
 
@@ -55,17 +59,19 @@ class DecodeConfig:
 class CombineConfig:
     """One compiled combine kernel.
 
-    chunk: pieces loaded before the first use, 4, 8 or 16. vectors: 128-column groups of a CTA, 1 or 2.
+    chunk: pieces that a warp loads before the first use. teams: of warps in a CTA that share the pieces. vectors: of 16
+    columns, per warp.
     """
 
     dtype: str
     chunk: int
+    teams: int
     vectors: int
 
     @property
     def ctas_per_sm(self) -> int:
         """Latency bound: several CTAs per SM hide each other's loads, as many as their registers allow."""
-        return 4 if self.chunk == 4 else 24 // (self.chunk * self.vectors)
+        return 4 if self.chunk == 4 else 3
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class PlanConfig:
 
 def plan_costs(rows: int) -> tuple[int, int, int, int, int]:
     """Planner, in 1/COST_UNIT blocks: load, merge, merge_piece, combine, combine_piece of cutehop.ref.mla_plan."""
-    return (120, 180, 3, 0, 2) if rows <= 32 else (168, 330, 1, 120, 3)
+    return (120, 180, 3, 0, 3) if rows <= 32 else (168, 360, 1, 120, 3)
 
 
 def max_combines(batch: int, partitions: int, max_blocks: int, split_blocks: int) -> int:
@@ -109,20 +115,24 @@ def few_sequences(batch: int, partitions: int) -> bool:
 
 
 def combine_chunk(batch: int, rows: int, h_kv: int) -> int:
-    """Pieces that the combine kernel loads at a time, unless cuts are fixed: see cutehop.ref.mla_plan."""
-    ctas = batch * combine_parts(h_kv * row_tiles(rows, 1), rows, 1)
-    if ctas <= 128:
-        return 16
-    return 8 if ctas < 512 else 4
+    """Pieces that a combine CTA takes at a time, unless cuts are fixed: see cutehop.ref.mla_plan."""
+    chunk, teams, _ = combine_shape(batch, rows, h_kv, 0)
+    return chunk * teams
 
 
-def combine_shape(batch: int, rows: int, h_kv: int, split_blocks: int) -> tuple[int, int]:
-    """(chunk, vectors). Few sequences have many pieces each; many have few, and their CTAs had better be few.
+def combine_shape(batch: int, rows: int, h_kv: int, split_blocks: int) -> tuple[int, int, int]:
+    """(chunk, teams, vectors): the fastest of eight in most of 133 calls (README.md). Few sequences have many pieces
+    each and leave SMs for many CTAs; with many sequences the CTAs of the combine kernel had better be few.
 
     With fixed splits the order of additions must not depend on the batch.
     """
-    chunk = 8 if split_blocks else combine_chunk(batch, rows, h_kv)
-    return chunk, 2 if chunk == 4 else 1
+    ctas = batch * combine_parts(h_kv * row_tiles(rows, 1), rows, 1, 1)
+    eight, four, two, one, wide = COMBINE_SHAPES
+    if split_blocks or 128 < ctas < 512:
+        return one
+    if ctas >= 512:
+        return wide
+    return eight if ctas <= 32 else four if ctas <= 64 else two
 
 
 def combine_grid(config: CombineConfig, combines: int, tiles: int, rows: int, num_sms: int) -> tuple[int, int, int]:
@@ -131,14 +141,14 @@ def combine_grid(config: CombineConfig, combines: int, tiles: int, rows: int, nu
 
     tiles: row tiles of a slot, over all kv heads. rows: of one sequence and kv head.
     """
-    parts = combine_parts(tiles, rows, config.vectors)
+    parts = combine_parts(tiles, rows, config.teams, config.vectors)
     turns = -(-combines // max(num_sms * config.ctas_per_sm // parts, 1))
     return parts, -(-combines // turns), 1
 
 
-def combine_parts(tiles: int, rows: int, vectors: int) -> int:
-    """CTAs that share a sequence: 16 rows and 128 columns each, times `vectors`. tiles: over all kv heads."""
-    return tiles * 2 * row_groups(rows) * (2 // vectors)
+def combine_parts(tiles: int, rows: int, teams: int, vectors: int) -> int:
+    """CTAs that share a sequence: 16 rows and 128 / teams columns each, times `vectors`. tiles: over all kv heads."""
+    return tiles * 2 * row_groups(rows) * (2 * teams // vectors)
 
 
 def row_groups(rows: int) -> int:

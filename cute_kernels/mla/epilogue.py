@@ -231,9 +231,9 @@ class Epilogue(Faults):
 
     @cute.jit
     def announce(self, a: DecodeArgs, cut: Cut, rows: Int32, c: Place):
-        """Count this piece for the combine kernel, with one instruction: lane = (warpgroup, 16 rows, 128 columns)."""
+        """Count this piece for the combine kernel, with one instruction: lane = math warp."""
         tile = partial_tile(a, cut.slot // (MERGE_MAX + 1), c.tile, c.kv_head)
-        first_row = (c.t // 2) % 4 * 16
+        first_row = c.t % 4 * 16
         wanted = (c.wg == 0) & (c.t < ARRIVALS) & (first_row < rows)
         ptx.red_release_gpu_if(a.arrivals + tile * ARRIVALS + c.t, Int32(1), Int32(wanted))
 

@@ -45,7 +45,7 @@ class PlanArgs:
     num_splits: cute.Pointer  # int32 (b + 1,)
     batch: Int32
     partitions: Int32
-    chunk: Int32  # pieces that the combine kernel loads at a time
+    chunk: Int32  # pieces that a combine CTA takes at a time
     row_tiles: Int32
     tiles: Int32  # of all kv heads
     load: Int32  # config.plan_costs
@@ -96,7 +96,7 @@ class MlaPlan:
         longest = cute.arch.warp_redux_sync(longest, "max")
         share = (cost + a.partitions - 1) // a.partitions
         few = Int32(1)
-        while 2 * a.chunk * few * few < longest:
+        while a.chunk * few * few < longest:
             few += 1
         least, shortest = few, Int32(1)
         if way == 1:

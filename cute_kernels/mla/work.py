@@ -42,7 +42,7 @@ class DecodeArgs:
     partial_rows: cute.Pointer
     # Both are 0 between launches.
     tickets: cute.Pointer  # int32 (partitions, tiles): two pieces meet, see epilogue.Epilogue.merge
-    arrivals: cute.Pointer  # int32 (slots / 3, tiles, 16): pieces stored, see epilogue.Epilogue.announce
+    arrivals: cute.Pointer  # int32 (slots / 3, tiles, 8 warps): pieces stored, see epilogue.Epilogue.announce
     report: cute.Pointer  # int32 in host memory: what was wrong with the plan, see config.FAULT_*
     batch: Int32
     slots: Int32  # of the partial results

@@ -17,6 +17,16 @@ def st_global_v4(gmem_addr, a, b, c, d):
     )
 
 
+def st_global_words(gmem_addr, words):
+    """One store of 1, 2 or 4 registers of 32 bits."""
+    vector = {1: ".b32", 2: ".v2.b32", 4: ".v4.b32"}[len(words)]
+    values = ", ".join(f"{{$r{i + 1}}}" for i in range(len(words)))
+    cute.arch.inline_ptx(
+        f"st.global{vector} [{{$r0}}], {'{' + values + '}' if len(words) > 1 else values};",
+        read_only_args=[gmem_addr, *words],
+    )
+
+
 def st_global_v4_f32(gmem_addr, a, b, c, d):
     """16-byte store of four floats."""
     cute.arch.inline_ptx(

@@ -45,12 +45,14 @@ def num_partitions(s_q: int, h_q: int, h_kv: int, num_sms: int) -> int:
 
 
 def combine_chunk(batch: int, rows: int, h_kv: int) -> int:
-    """Pieces that the combine kernel loads at a time: the fewer CTAs it may need, the more registers each can have.
+    """Pieces that a CTA of the combine kernel takes at a time: the fewer sequences and rows, the more warps for each.
 
-    rows: query rows of one request and kv head. A CTA takes 16 rows and 128 of the 512 columns.
+    rows: query rows of one request and kv head. CTAs of one team of warps would take 16 rows and 128 columns each.
     """
     ctas = batch * h_kv * -(-rows // ROW_TILE) * min(-(-rows // 16), ROW_TILE // 16) * 4
-    if ctas <= 128:
+    if ctas <= 32:
+        return 32
+    if ctas <= 64:
         return 16
     return 8 if ctas < 512 else 4
 
@@ -70,8 +72,8 @@ class PlanCosts(NamedTuple):
 
 
 def plan_costs(rows: int) -> PlanCosts:
-    """rows: query rows of one request and kv head. Fitted to 700 calls on an H100 (cute_kernels/mla/README.md)."""
-    return PlanCosts(120, 180, 3, 0, 2) if rows <= 32 else PlanCosts(168, 330, 1, 120, 3)
+    """rows: query rows of one request and kv head. Fitted to 387 shapes on an H100 (cute_kernels/mla/README.md)."""
+    return PlanCosts(120, 180, 3, 0, 3) if rows <= 32 else PlanCosts(168, 360, 1, 120, 3)
 
 
 def _fill(blocks: list[int], credit_per_partition: int, shortest: int, longest: int) -> tuple[list[Record], list[int]]:
@@ -105,7 +107,7 @@ def _ways(blocks: list[int], chunk: int) -> dict[str, tuple[int, int, int]]:
     than it saves. "fewer": half as many. "two": no request in more than two. "whole": none cut.
     """
     longest, least = max(blocks, default=1), 1
-    while 2 * chunk * least * least < longest:
+    while chunk * least * least < longest:
         least += 1
     half = -(-longest // 2)
     return {
