@@ -3,9 +3,9 @@
     M = max_j lse_j,  w_j = 2^(lse_j - M),  out = sum_j w_j O_j / (sum_j w_j + 2^(sink - M))
 
 Only for sequences in more pieces than the decode kernel merges itself. Grid (row tiles x 16-row groups x column
-groups, sequences), 8 warps. The warps of a CTA are teams that share the pieces of 16 rows: each takes four at a time,
-all loads in flight, the running maximum as in online softmax. Then the teams' results are merged in their order. A
-vector is 16 columns, the piece of accumulator layout that a warp of the decode kernel stores with one instruction.
+groups, sequences), 8 warps. The warps of a CTA are teams that share the pieces of 16 rows: each takes a chunk at a
+time, all loads in flight, the running maximum as in online softmax. Then the teams' results are merged in their order.
+A vector is 16 columns, the piece of accumulator layout that a warp of the decode kernel stores with one instruction.
 With few sequences the kernel is bound by instructions and latency, hence many teams and CTAs; with many by reading
 partial results from L2.
 
@@ -28,7 +28,6 @@ from ..sm90 import ptx
 from ..sm90.args import fake_args, param_kinds
 from ..sm90.gmem import load_f32, load_i32, store_f32
 from .config import (
-    ARRIVALS,
     COMBINE_REQ,
     COMBINE_THREADS,
     COMBINE_WARPS,
@@ -238,7 +237,7 @@ class MlaCombine:
         tid, _, _ = cute.arch.thread_idx()
         if tid == 0:
             tile = (slot // (MERGE_MAX + 1)) * c.all_tiles + c.slot_tile
-            counter = a.arrivals + tile * ARRIVALS + c.decode_warp
+            counter = a.arrivals + tile * WARPS_OUT + c.decode_warp
             count, start, polling = Int32(0), cute.arch.globaltimer(), Boolean(True)
             while polling:
                 count = cute.arch.load(counter, Int32, sem="acquire", scope="gpu") & (READER - 1)

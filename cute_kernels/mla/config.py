@@ -26,8 +26,7 @@ READER = 1 << 26  # what a combine CTA adds to a counter of arrivals when it nee
 PLAN_WAYS = 4  # to cut that the planner compares, a warp each
 PLAN_THREADS = 32 * PLAN_WAYS
 RESCALE_LOG2 = 8.0  # O is rescaled only when a row maximum grew by more than 2**8
-WARPS_OUT = 8  # math warps: each stores 16 rows x 256 columns of a partial result
-ARRIVALS = 8  # counters of a combined sequence's tile: one per math warp
+WARPS_OUT = 8  # math warps: each stores 16 rows x 256 columns of a partial result, and has a counter of arrivals
 POLL_NS = 1_000_000  # combine: after so long it waits for the whole decode kernel instead
 MERGE_NS = 2_000_000_000  # decode: nothing but a broken plan keeps the other piece away so long; it takes about 2 us
 
@@ -105,7 +104,7 @@ def max_slots(batch: int, partitions: int, max_blocks: int, split_blocks: int) -
 
 def arrivals(slots: int) -> int:
     """Counters of arrived pieces for one tile: sequences left to the combine kernel begin more than MERGE_MAX apart."""
-    return -(-slots // (MERGE_MAX + 1)) * ARRIVALS
+    return -(-slots // (MERGE_MAX + 1)) * WARPS_OUT
 
 
 def few_sequences(batch: int, partitions: int) -> bool:

@@ -6,7 +6,7 @@ from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
 from ..sm90 import ptx
 from ..sm90.gmem import load_f32, store_f32
-from .config import ARRIVALS, FAULT_MERGE, HEAD_DIM_V, MERGE_MAX, MERGE_NS, TILE_M, WARPS_OUT
+from .config import FAULT_MERGE, HEAD_DIM_V, MERGE_MAX, MERGE_NS, TILE_M, WARPS_OUT
 from .cta import LN2, LOG2E, Place, Shared, sync_math
 from .faults import Faults, lse_index, report_fault
 from .work import Cut, DecodeArgs, Piece, get_cut, partial_tile
@@ -234,8 +234,8 @@ class Epilogue(Faults):
         """Count this piece for the combine kernel, with one instruction: lane = math warp."""
         tile = partial_tile(a, cut.slot // (MERGE_MAX + 1), c.tile, c.kv_head)
         first_row = c.t % 4 * 16
-        wanted = (c.wg == 0) & (c.t < ARRIVALS) & (first_row < rows)
-        ptx.red_release_gpu_if(a.arrivals + tile * ARRIVALS + c.t, Int32(1), Int32(wanted))
+        wanted = (c.wg == 0) & (c.t < WARPS_OUT) & (first_row < rows)
+        ptx.red_release_gpu_if(a.arrivals + tile * WARPS_OUT + c.t, Int32(1), Int32(wanted))
 
 
 def partial_address(a: DecodeArgs, tile_index, c: Place):

@@ -239,7 +239,7 @@ def check_bounds(lengths: list[int], partitions: int, rows: int, split_tokens: i
     first_slots = [sum(n for n in counts[:i] if n > 1) for i, n in enumerate(counts) if n > planner.MERGE_MAX]
     counters = {slot // (kernel_config.MERGE_MAX + 1) for slot in first_slots}
     assert len(counters) == len(first_slots), "two sequences count their pieces in one place"
-    assert all((i + 1) * kernel_config.ARRIVALS <= kernel_config.arrivals(slots) for i in counters)
+    assert all((i + 1) * kernel_config.WARPS_OUT <= kernel_config.arrivals(slots) for i in counters)
 
 
 @given(
