@@ -27,6 +27,8 @@ PLAN_WAYS = 4  # to cut that the planner compares, a warp each
 PLAN_THREADS = 32 * PLAN_WAYS
 RESCALE_LOG2 = 8.0  # O is rescaled only when a row maximum grew by more than 2**8
 WARPS_OUT = 8  # math warps: each stores 16 rows x 256 columns of a partial result, and has a counter of arrivals
+PARTIAL_OUT_BYTES = TILE_M * HEAD_DIM_V * 2  # of a tile, fp16
+PARTIAL_ROWS_BYTES = WARPS_OUT * 16 * 8  # of a tile: for each row in each warp its lse and what its values count
 POLL_NS = 1_000_000  # combine: after so long it waits for the whole decode kernel instead
 MERGE_NS = 2_000_000_000  # decode: nothing but a broken plan keeps the other piece away so long; it takes about 2 us
 

@@ -122,7 +122,7 @@ def _run(
         0 if b_scales is None else b_scales.data_ptr(),
         out_ptr,
         out_scales.data_ptr(),
-        scratch_of(device, stream, _SCRATCH)[2],
+        scratch_of(device, stream, _SCRATCH)[1],
         *call.sizes,
     )
     return None

@@ -17,12 +17,10 @@ from cutehop.cute_kernels.errors import check
 from cutehop.cute_kernels.gemm.config import GemmConfig
 from cutehop.cute_kernels.gemm_decode import config as cfg
 from cutehop.cute_kernels.jit import Kernel, TensorMap, tensor_map
-from cutehop.cute_kernels.mla.config import HEAD_DIM_V, TILE_M
 from cutehop.ops._mla_checks import sms_of
 from cutehop.ops._scratch import Need, prepare_captures, scratch_of
 
 _MAX_CALLS = 4096  # remembered at a time
-_SCRATCH_TILE_BYTES = TILE_M * HEAD_DIM_V * 4  # the unit in which scratch memory is asked for
 
 
 class _Call(NamedTuple):
@@ -78,7 +76,7 @@ def run(
         if len(_calls) >= _MAX_CALLS:
             _calls.clear()
         _calls[key] = call
-    partials, _, tickets, _, _ = scratch_of(device, stream, call.scratch)
+    partials, tickets, _, _ = scratch_of(device, stream, call.scratch)
     call.kernel.launch(
         call.grid,
         stream,
@@ -125,7 +123,7 @@ def _prepare(
         grid=(ctas, 1, 1),
         x_map=operand_map(a if masked else a.unsqueeze(0), cfg.BOX_N, config),
         w_map=operand_map(b, cfg.HALF_ROWS, config),
-        scratch=(-(-2 * ctas * config.partial_bytes // _SCRATCH_TILE_BYTES), ctas, 0),
+        scratch=(2 * ctas * config.partial_bytes, ctas, 0),
         sizes=sizes,
     )
 

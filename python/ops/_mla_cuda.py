@@ -35,6 +35,7 @@ class _Call(NamedTuple):
     q_step: tuple[int, int]  # q_group, q_kv_step
     k_map: TensorMap
     scratch: Need
+    partial_out_bytes: int
     table_stride: int
     sizes: tuple[int, int]  # batch, slots
     shapes: tuple[int, int, int, int, int]  # s_q, heads_per_kv, h_q, total_q, ragged
@@ -147,7 +148,8 @@ def decode(
     q_map = call.q_map
     if q_map is None:  # the copy has to live until the launch, or the scratch memory might get its memory
         q_map, _, q = _q_map(q, k_cache.shape[2], *call.shapes[:2], cu_seqlens_q is not None)
-    partial_out, partial_rows, tickets, arrivals, report = scratch_of(device, stream, call.scratch)
+    partial_out, tickets, arrivals, report = scratch_of(device, stream, call.scratch)
+    partial_rows = partial_out + call.partial_out_bytes
     plan_ptr, splits_ptr, lse_ptr = tile_scheduler_metadata.data_ptr(), num_splits.data_ptr(), lse.data_ptr()
     cu_ptr = cu_seqlens_q.data_ptr() if cu_seqlens_q is not None else 0
     sink_ptr = attn_sink.data_ptr() if attn_sink is not None else 0
@@ -217,7 +219,12 @@ def _prepare(
         q_map=q_map if described is q else None,
         q_step=q_step,
         k_map=_k_map(k_cache),
-        scratch=(slots * tiles, partitions * tiles, cfg.arrivals(slots) * tiles),
+        scratch=(
+            slots * tiles * (cfg.PARTIAL_OUT_BYTES + cfg.PARTIAL_ROWS_BYTES),
+            partitions * tiles,
+            cfg.arrivals(slots) * tiles,
+        ),
+        partial_out_bytes=slots * tiles * cfg.PARTIAL_OUT_BYTES,
         table_stride=block_table.stride(0),
         sizes=(batch, slots),
         shapes=(s_q, heads_per_kv, h_q, q.shape[0] if ragged else batch * s_q, int(ragged)),

@@ -20,12 +20,10 @@ from torch import Tensor
 from cutehop.cute_kernels.jit import driver
 from cutehop.cute_kernels.mla import config as cfg
 
-Need = tuple[int, int, int]  # row tiles of partial results, tickets, arrivals
-Addresses = tuple[int, int, int, int, int]  # partial_out, partial_rows, tickets, arrivals, report
+Need = tuple[int, int, int]  # bytes of partial results, tickets, arrivals
+Addresses = tuple[int, int, int, int]  # partial results, tickets, arrivals, report
 
 _CAPTURE_COUNTERS = 4 << 20  # int32 per device, for captured calls
-_PARTIAL_OUT_BYTES = cfg.TILE_M * cfg.HEAD_DIM_V * 2
-_PARTIAL_FLOATS = cfg.TILE_M * cfg.HEAD_DIM_V // 2 + cfg.WARPS_OUT * 16 * 2  # of one tile: output, lse and factors
 _FAULTS = {
     cfg.FAULT_PLAN: "tile_scheduler_metadata is of another batch size or other split_tokens; "
     "give mla_plan and mla_decode the same ones",
@@ -51,15 +49,15 @@ class _Scratch:
     def __init__(self, device: int) -> None:
         self._device = torch.device("cuda", device)
         self.word = _Word()
-        self.tiles = self.count = 0
+        self.bytes = self.count = 0
         self.partial = self.counters = torch.empty(0)
         self.addresses: dict[Need, Addresses] = {}
 
     def grow(self, need: Need) -> Addresses:
         """Room for one more kind of call."""
-        tiles, count = need[0], need[1] + need[2]
-        if tiles > self.tiles:
-            self.tiles, self.partial = tiles, _partials(tiles, self._device)
+        size, count = need[0], need[1] + need[2]
+        if size > self.bytes:
+            self.bytes, self.partial = size, _partials(size, self._device)
             self.addresses.clear()
         if count > self.count:
             self.count = count
@@ -108,13 +106,13 @@ def scratch_of(device: int, stream: int, need: Need) -> Addresses:
     return scratch.addresses.get(need) or scratch.grow(need)
 
 
-def _partials(tiles: int, device: torch.device) -> Tensor:
-    return torch.empty(tiles * _PARTIAL_FLOATS, dtype=torch.float32, device=device)
+def _partials(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def _addresses(buffer: Tensor, counters: Tensor, need: Need, word: _Word) -> Addresses:
-    out, tickets = buffer.data_ptr(), counters.data_ptr()
-    return out, out + need[0] * _PARTIAL_OUT_BYTES, tickets, tickets + need[1] * 4, word.address
+    tickets = counters.data_ptr()
+    return buffer.data_ptr(), tickets, tickets + need[1] * 4, word.address
 
 
 def _capture_counters(captures: _Captures, stream: int, count: int) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cutehop.cute_kernels import gemm
+from cutehop.cute_kernels import gemm, gemm_decode
 from cutehop.cute_kernels.gemm import config as cfg
 from cutehop.cute_kernels.jit import tensormap
 from cutehop.ops import _gemm_cuda, _gemm_decode_cuda, moe  # noqa: F401
@@ -212,6 +212,19 @@ def test_no_more_ctas_than_tiles_or_sms():
     assert cfg.num_ctas(1, 1, 256, store, 132) == 2
     assert cfg.num_ctas(1, 1, 256, cfg.GemmConfig("bf16", "swiglu"), 132) == 4
     assert cfg.num_ctas(1, 300, 256, cfg.GemmConfig("bf16", "store", *cfg.TALL), 132) == 6
+
+
+@pytest.mark.parametrize("config", [config for _, config in gemm_decode.variants()], ids=str)
+def test_scratch_memory_of_the_other_kernel_holds_two_unfinished_tiles_of_a_cta(config, monkeypatch):
+    """The shape is that of gemm_decode.work.GemmDecodeArgs.partials."""
+    monkeypatch.setattr(_gemm_decode_cuda, "prepare_captures", lambda device: None)
+    monkeypatch.setattr(gemm_decode, "gemm_decode_kernel", lambda config, stream: config)
+    x = build(Case((3, 0, 5), 512, 256, fp8=config.dtype == "fp8", epilogue=config.epilogue), "cpu")
+    strides = None if x.a_scales is None else x.a_scales.stride()
+    call = _gemm_decode_cuda._prepare(x.a, x.b, strides, config, 0)
+    size, tickets, _ = call.scratch
+    assert size == torch.Size((call.grid[0], 2, 2, config.tile_n // 8, 256, 4)).numel() * 4
+    assert tickets == call.grid[0]
 
 
 def test_addresses_and_sizes_that_do_not_fit_are_refused():

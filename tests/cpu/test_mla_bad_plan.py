@@ -115,7 +115,7 @@ def words(monkeypatch):
         return zeros(*shape, dtype=torch.int32)
 
     monkeypatch.setattr(scratch.torch, "zeros", on_the_cpu)
-    monkeypatch.setattr(scratch, "_partials", lambda tiles, device: torch.empty(tiles))
+    monkeypatch.setattr(scratch, "_partials", lambda size, device: torch.empty(size, dtype=torch.uint8))
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
     monkeypatch.setattr(scratch, "_scratch", {})
     monkeypatch.setattr(scratch, "_captures", {})
@@ -149,9 +149,10 @@ def test_a_workspace_grows_and_keeps_its_word(words):
     large = scratch.scratch_of(0, 5, (9, 20, 30))
     assert scratch.scratch_of(0, 5, (9, 20, 30)) == large
     assert small[-1] == large[-1] == ctypes.addressof(words[0])
-    assert large[3] - large[2] == 20 * 4
+    assert large[2] - large[1] == 20 * 4
+    assert scratch._scratch[0, 5].partial.nbytes >= 9
     again = scratch.scratch_of(0, 5, (1, 2, 3))
-    assert again[2] == large[2], "counters of all calls of a stream begin at one place"
+    assert again[1] == large[1], "counters of all calls of a stream begin at one place"
 
 
 def test_captured_calls_share_counters_by_capture_and_stream(words, monkeypatch):
@@ -166,7 +167,7 @@ def test_captured_calls_share_counters_by_capture_and_stream(words, monkeypatch)
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: True, raising=False)
 
     def tickets(stream: int, count: int) -> int:
-        return scratch.scratch_of(0, stream, (1, count, 0))[2]
+        return scratch.scratch_of(0, stream, (1, count, 0))[1]
 
     first = tickets(5, 10)
     assert tickets(5, 8) == first

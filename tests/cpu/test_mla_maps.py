@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cutehop.cute_kernels.jit import tensormap
 from cutehop.cute_kernels.mla import config as cfg
-from cutehop.ops import _mla_cuda
+from cutehop.ops import _mla_cuda, _scratch
 
 HEADS = [(h_q, 1) for h_q in (1, 3, 9, 16, 63, 64, 126, 128)] + [(126, 2), (6, 2), (9, 3), (128, 8), (256, 2), (189, 3)]
 
@@ -178,3 +178,26 @@ def test_slabs_of_k(padding, page, h_kv):
             for row in range(0, page, rows):
                 boxes = [k_map.load(k_cache, 64 * slab, row, head, number)[0, 0] for slab in range(cfg.NUM_SLABS)]
                 assert same_bits(torch.cat(boxes, -1), k_cache[number, row : row + rows, head].contiguous())
+
+
+@pytest.mark.parametrize(("batch", "s_q", "h_q", "h_kv"), [(1, 1, 16, 1), (3, 2, 128, 1), (40, 1, 128, 2)])
+def test_scratch_memory_holds_every_partial_result(monkeypatch, batch, s_q, h_q, h_kv):
+    """The shapes are those of work.DecodeArgs; partial_rows begins behind partial_out."""
+    for name in ("decode_kernel", "combine_kernel"):
+        monkeypatch.setattr(_mla_cuda.mla, name, lambda config, stream: config)
+    monkeypatch.setattr(_mla_cuda, "prepare_captures", lambda device: None)
+    q, k_cache = bits(batch, s_q, h_q, 576), bits(2, 64, h_kv, 576)
+    table, lengths = torch.zeros(batch, 300, dtype=torch.int32), torch.zeros(batch, dtype=torch.int32)
+    metadata, _ = torch.ops.cutehop.mla_plan(lengths, s_q, h_q, h_kv)
+    call = _mla_cuda._prepare(q, k_cache, table, lengths, metadata, False, s_q, 0, 1.0, 0)
+    tiles = cfg.row_tiles(s_q, h_q // h_kv) * h_kv
+    slots = cfg.max_slots(batch, len(metadata), 300, 0)
+    warps = slots * tiles * cfg.WARPS_OUT
+    assert call.sizes == (batch, slots)
+    assert call.partial_out_bytes == torch.Size((warps, 16, 32, 8)).numel() * 2
+    assert call.scratch[0] - call.partial_out_bytes == torch.Size((warps, 16, 2)).numel() * 4
+    assert call.scratch[1:] == (len(metadata) * tiles, -(-slots // (cfg.MERGE_MAX + 1)) * tiles * cfg.WARPS_OUT)
+
+
+def test_scratch_memory_is_asked_for_in_bytes():
+    assert _scratch._partials(12345, torch.device("cpu")).nbytes == 12345
