@@ -212,7 +212,7 @@ class CombineReceive:
                 words = cute.recast_tensor(packed, Int32)
                 for v in cutlass.range_constexpr(VECTORS):
                     if v * STRIDE < left:
-                        ptx.st_global_v4(a.out + row + at + v * STRIDE, *(words[4 * v + i] for i in range(4)))
+                        ptx.st_global(a.out + row + at + v * STRIDE, *(words[4 * v + i] for i in range(4)))
 
     @cute.jit
     def add_bias(self, address: Int64, acc: cute.Tensor, left: Int32):

@@ -121,7 +121,7 @@ class CodedSender:
                 copy = outbox + Int64(number) * a.row_bytes + data
                 limits_copy = outbox + first + Int64(number) * a.limits_bytes + its_limits
                 for at in cutlass.range(lane * 16, size, 512, unroll=1):
-                    ptx.st_global_v4(copy + at, *ptx.ld_shared_v4(shared + at))
+                    ptx.st_global(copy + at, *ptx.ld_shared_v4(shared + at))
                 self.store_limits(a, limits_copy, limits, lane)
                 put(g, target, copy, size, home)
                 put(g, limits_target, limits_copy, a.chunk // GROUP * 4, home)

@@ -119,7 +119,7 @@ class CombineReceiver(CodedReceiver):
         packed.store(acc.load().to(BFloat16))
         words = cute.recast_tensor(packed, Int32)
         if column < a.hidden:
-            ptx.st_global_v4(a.out + (Int64(token) * a.hidden + column) * 2, *(words[i] for i in range(4)))
+            ptx.st_global(a.out + (Int64(token) * a.hidden + column) * 2, *(words[i] for i in range(4)))
 
     @cute.jit
     def choice(self, g: Group, a: LlCombineReceiveArgs, sm, token: Int32, choice: Int32):

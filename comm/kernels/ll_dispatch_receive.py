@@ -301,7 +301,7 @@ class DispatchReceiver:
                         if at + 4 * i < size:
                             st_i32(block + Int64(at // 4 + i) * rows * 4, words[i])
                 else:
-                    ptx.st_global_v4(a.x + Int64(to) * a.row_bytes + at, *words)
+                    ptx.st_global(a.x + Int64(to) * a.row_bytes + at, *words)
 
     @cute.jit
     def note_source(self, a: LlDispatchReceiveArgs, row: Int32, source: Int32, token: Int32, choice: Int32):

@@ -387,7 +387,7 @@ class DispatchSender:
             copy = outbox_of(g, epoch) + Int64(g.ranks) * a.counts_bytes + Int64(token) * a.record_bytes
             size = record_size(a)
             for at in cutlass.range(lane * 4, size // 4, 128, unroll=2):
-                ptx.st_global_v4(copy + at * 4, *(words[at + i] for i in range(4)))
+                ptx.st_global(copy + at * 4, *(words[at + i] for i in range(4)))
             for rank in cutlass.range(g.ranks, unroll=1):
                 if (ranks >> rank) & 1 != 0:
                     place = Int64(g.rank * a.max_tokens + index[rank]) * a.record_bytes

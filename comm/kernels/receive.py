@@ -237,7 +237,7 @@ class Receive:
                 rows * vectors,
                 Int32(32),
                 lambda i: ld_vector(records + Int64(sources[i // vectors]) * a.scale_row_bytes + i % vectors * 16),
-                lambda i, words: ptx.st_global_v4(out + i * 16, *words),
+                lambda i, words: ptx.st_global(out + i * 16, *words),
             )
         else:
             words = a.scale_words

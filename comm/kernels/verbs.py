@@ -198,5 +198,5 @@ def copy_vectors(target, source, vectors, thread, threads):
         vectors,
         Int64(threads),
         lambda i: ld_vector(source + i * 16),
-        lambda i, words: ptx.st_global_v4(target + i * 16, *words),
+        lambda i, words: ptx.st_global(target + i * 16, *words),
     )

@@ -58,7 +58,7 @@ class Epilogue:
             x = transpose([words[g] for g in range(4)], c.lane)
             offset = part * 32 + (c.lane % 4) * 8
             if live & (column + offset < a.columns):
-                ptx.st_global_v4(base + offset * 2, x[0], x[1], x[2], x[3])
+                ptx.st_global(base + offset * 2, x[0], x[1], x[2], x[3])
 
     @cute.jit
     def store_row_fp8(
@@ -82,7 +82,7 @@ class Epilogue:
             low = [cute.arch.prmt(x[i], x[i + 1], 0x5410) for i in (0, 2)]
             high = [cute.arch.prmt(x[i], x[i + 1], 0x7632) for i in (0, 2)]
             if live:
-                ptx.st_global_v4(base + part * 64 + (c.lane % 4) * 16, low[0], low[1], high[0], high[1])
+                ptx.st_global(base + part * 64 + (c.lane % 4) * 16, low[0], low[1], high[0], high[1])
         if live & (c.lane % 4 == 0):
             store_f32(a.out_scales, out_row * (a.columns // GROUP) + column, scale)
 

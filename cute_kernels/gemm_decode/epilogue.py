@@ -61,7 +61,7 @@ class Epilogue:
             if g * BOX_N < p.live:
                 for half in cutlass.range_constexpr(2):
                     j = half * groups + g
-                    ptx.st_global_v4_f32(place + j * (2 * WG * 16), *(acc[4 * j + i] for i in range(4)))
+                    ptx.st_global(place + j * (2 * WG * 16), *(acc[4 * j + i] for i in range(4)))
 
     @cute.jit
     def add_partial(self, a: GemmDecodeArgs, acc: cute.Tensor, p: Piece, slot: Int32, c: Place):

@@ -25,6 +25,7 @@ from cutlass.memory import SmemAllocator
 
 from ..jit import Program
 from ..sm90 import ptx
+from ..sm90.address import ld_vector_if
 from ..sm90.args import fake_args, param_kinds
 from ..sm90.gmem import load_f32, load_i32, store_f32
 from .config import (
@@ -268,7 +269,7 @@ class MlaCombine:
             there = Int32(first + u < pieces)
             for v in cutlass.range_constexpr(self.vectors):
                 address = values + (first + u) * values_step + v * 512
-                loaded.append(ptx.ld_global_v4_if(address, there))
+                loaded.append(ld_vector_if(address, there))
         weights = [[None] * (self.chunk // 4) for _ in range(2)]
         scales = [[None] * (self.chunk // 4) for _ in range(2)]
         for h in cutlass.range_constexpr(2):
@@ -342,7 +343,7 @@ class MlaCombine:
                     for t in cutlass.range_constexpr(self.teams):
                         value += weights[t] * s.values[t, row, column + i]
                     frag[i] = self.dtype(value * factor)
-                ptx.st_global_words(address + column * 2, [words[i] for i in range(self.span // 2)])
+                ptx.st_global(address + column * 2, *(words[i] for i in range(self.span // 2)))
             if (c.place == 0) & (c.group == 0) & (c.decode_warp < 4):
                 lse = (top + cute.math.log2(total, fastmath=True)) * LN2
                 store_f32(a.lse, lse_index(a, req, token0, c.token, c.head), lse if seen else a.empty_lse)

@@ -5,6 +5,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
 from ..sm90 import ptx
+from ..sm90.address import ld_vector
 from ..sm90.gmem import load_f32, store_f32
 from .config import FAULT_MERGE, HEAD_DIM_V, MERGE_MAX, MERGE_NS, TILE_M, WARPS_OUT
 from .cta import LN2, LOG2E, Place, Shared, sync_math
@@ -139,7 +140,7 @@ class Epilogue(Faults):
         """The softmax-weighted mean of this CTA's piece, rounded as if it had been stored, and a stored one."""
         if (c.t // 32) * 16 < rows:
             address = partial_address(a, tile_index, c)
-            loaded = [ptx.ld_global_v4(address + j * 512) for j in range(16)]
+            loaded = [ld_vector(address + j * 512) for j in range(16)]
             mine, theirs = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
             for h in cutlass.range_constexpr(2):
                 other, other_scale = ptx.ld_global_v2_f32(partial_row_address(a, tile_index, c) + h * 64)
@@ -195,7 +196,7 @@ class Epilogue(Faults):
                     other = cute.arch.shuffle_sync_bfly(x[lo] if odd else x[hi], offset=step)
                     x[lo], x[hi] = (other if odd else x[lo]), (x[hi] if odd else other)
             if live:
-                ptx.st_global_v4(out_row + (c.wg * 256 + (4 * g + lane) * 8) * 2, x[0], x[1], x[2], x[3])
+                ptx.st_global(out_row + (c.wg * 256 + (4 * g + lane) * 8) * 2, x[0], x[1], x[2], x[3])
 
     @cute.jit
     def store_partial(
@@ -207,10 +208,10 @@ class Epilogue(Faults):
             address = partial_address(a, tile_index, c)
             for j in cutlass.range_constexpr(16):
                 words = [ptx.pack_f16(O[8 * j + 2 * w], O[8 * j + 2 * w + 1]) for w in range(4)]
-                ptx.st_global_v4(address + j * 512, *words)
+                ptx.st_global(address + j * 512, *words)
             if c.t % 4 == 0:
                 for h in cutlass.range_constexpr(2):
-                    ptx.st_global_v2_f32(partial_row_address(a, tile_index, c) + h * 64, lse[h], scale[h])
+                    ptx.st_global(partial_row_address(a, tile_index, c) + h * 64, lse[h], scale[h])
 
     @cute.jit
     def unit(self, O: cute.Tensor, h: cutlass.Constexpr[int]):

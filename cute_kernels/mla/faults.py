@@ -42,7 +42,7 @@ class Faults:
                 packed = c.tile * TILE_M + row
                 token, head = packed // a.heads_per_kv, c.kv_head * a.heads_per_kv + packed % a.heads_per_kv
                 out_row = a.out.toint() + (Int64(token0 + token) * a.h_q + head) * (HEAD_DIM_V * 2)
-                ptx.st_global_v4(out_row + lane * 16, nan, nan, nan, nan)
+                ptx.st_global(out_row + lane * 16, nan, nan, nan, nan)
                 if lane == 0:
                     store_f32(a.lse, lse_index(a, req, token0, token, head), Float32.nan)
 

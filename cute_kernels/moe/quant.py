@@ -72,7 +72,7 @@ class Quant:
         low = ptx.cvt_e4m3x4(*(values[i] * inverse for i in range(4)))
         high = ptx.cvt_e4m3x4(*(values[i] * inverse for i in range(4, 8)))
         if at < a.vectors:
-            ptx.st_global_v2(a.q + at * 8, low, high)
+            ptx.st_global(a.q + at * 8, low, high)
             if at % LANES == 0:
                 st_f32(a.scales + at // LANES * 4, scale)
 

@@ -82,7 +82,7 @@ class Unpermute:
         packed.store(acc.load().to(BFloat16))
         words = cute.recast_tensor(packed, Int32)
         if column < a.hidden:
-            ptx.st_global_v4(a.out + (Int64(token) * a.hidden + column) * 2, *(words[i] for i in range(4)))
+            ptx.st_global(a.out + (Int64(token) * a.hidden + column) * 2, *(words[i] for i in range(4)))
 
 
 def program(config) -> Program:

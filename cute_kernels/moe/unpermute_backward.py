@@ -97,7 +97,7 @@ class UnpermuteBackward:
                         total += grads[i] * values[i]
                 for i in cutlass.range_constexpr(8):
                     packed[i] = BFloat16(weight * grads[i])
-                ptx.st_global_v4(a.grad_y + (target + column) * 2, *(words[i] for i in range(4)))
+                ptx.st_global(a.grad_y + (target + column) * 2, *(words[i] for i in range(4)))
         return total
 
     @cute.jit
@@ -106,7 +106,7 @@ class UnpermuteBackward:
             if ld_u8(a.named + Int64(row)) == 0:
                 for column in cutlass.range(lane * 8, a.hidden, WARP * 8, unroll=1):
                     zero = Int32(0)
-                    ptx.st_global_v4(a.grad_y + (Int64(row) * a.hidden + column) * 2, zero, zero, zero, zero)
+                    ptx.st_global(a.grad_y + (Int64(row) * a.hidden + column) * 2, zero, zero, zero, zero)
 
 
 def program(config) -> Program:

@@ -10,38 +10,11 @@ def st_shared_zero16(smem_addr):
     )
 
 
-def st_global_v4(gmem_addr, a, b, c, d):
-    """16-byte store of four 32-bit registers."""
-    cute.arch.inline_ptx(
-        "st.global.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[gmem_addr, a, b, c, d]
-    )
-
-
-def st_global_words(gmem_addr, words):
-    """One store of 1, 2 or 4 registers of 32 bits."""
-    vector = {1: ".b32", 2: ".v2.b32", 4: ".v4.b32"}[len(words)]
-    values = ", ".join(f"{{$r{i + 1}}}" for i in range(len(words)))
-    cute.arch.inline_ptx(
-        f"st.global{vector} [{{$r0}}], {'{' + values + '}' if len(words) > 1 else values};",
-        read_only_args=[gmem_addr, *words],
-    )
-
-
-def st_global_v4_f32(gmem_addr, a, b, c, d):
-    """16-byte store of four floats."""
-    cute.arch.inline_ptx(
-        "st.global.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[gmem_addr, a, b, c, d]
-    )
-
-
-def st_global_v2(gmem_addr, a, b):
-    """8-byte store of two 32-bit registers."""
-    cute.arch.inline_ptx("st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[gmem_addr, a, b])
-
-
-def st_global_v2_f32(gmem_addr, a, b):
-    """8-byte store of two floats."""
-    cute.arch.inline_ptx("st.global.v2.f32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[gmem_addr, a, b])
+def st_global(gmem_addr, *values):
+    """One store of 1, 2 or 4 adjacent registers of 32 bits, Int32 or Float32."""
+    names = ", ".join(f"{{$r{i + 1}}}" for i in range(len(values)))
+    vector, names = ("", names) if len(values) == 1 else (f".v{len(values)}", f"{{{names}}}")
+    cute.arch.inline_ptx(f"st.global{vector}.b32 [{{$r0}}], {names};", read_only_args=[gmem_addr, *values])
 
 
 def ld_global_v4_f32(gmem_addr):
@@ -57,25 +30,6 @@ def ld_global_v2_f32(gmem_addr):
     """8-byte load of two floats, coherent."""
     return cute.arch.inline_ptx(
         "ld.global.v2.f32 {{$w0}, {$w1}}, [{$r0}];", write_only_types=[Float32, Float32], read_only_args=[gmem_addr]
-    )
-
-
-def ld_global_v4_if(gmem_addr, wanted):
-    """16 bytes as four Int32 where `wanted` (Int32) is not 0, else zeros and no access; coherent."""
-    return cute.arch.inline_ptx(
-        "{ .reg .pred p; setp.ne.s32 p, {$r1}, 0; mov.b32 {$w0}, 0; mov.b32 {$w1}, 0; mov.b32 {$w2}, 0; "
-        "mov.b32 {$w3}, 0; @p ld.global.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}]; }",
-        write_only_types=[Int32, Int32, Int32, Int32],
-        read_only_args=[gmem_addr, wanted],
-    )
-
-
-def ld_global_v4(gmem_addr):
-    """16 bytes as four Int32, coherent."""
-    return cute.arch.inline_ptx(
-        "ld.global.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
-        write_only_types=[Int32, Int32, Int32, Int32],
-        read_only_args=[gmem_addr],
     )
 
 

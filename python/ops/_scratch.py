@@ -135,6 +135,10 @@ def _raise_fault(scratch: _Scratch, captures: _Captures) -> NoReturn:
     fault, sequence = word.content.value % 8, word.content.value // 8
     word.content.value = 0
     scratch.counters.zero_()  # they are zero unless the plan was overwritten while the call ran
+    if not here:  # a graph may run on any stream: not while its counters are cleared
+        torch.cuda.synchronize(captures.stock.device)
+        captures.stock.zero_()
+        torch.cuda.synchronize(captures.stock.device)
     raise RuntimeError(
         f"mla_decode: {'an earlier call on this stream' if here else 'a CUDA graph'} had a wrong plan and wrote NaN: "
         f"{_FAULTS[fault].format(sequence)} (flash_mla_with_kvcache(..., validate=True) finds the call)"

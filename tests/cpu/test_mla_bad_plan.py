@@ -121,6 +121,7 @@ def words(monkeypatch):
     monkeypatch.setattr(scratch, "_captures", {})
     monkeypatch.setattr(scratch, "_CAPTURE_COUNTERS", 100)
     scratch.prepare_captures(0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     scratch.scratch_of(0, 5, (1, 2, 3))
     return scratch._scratch[0, 5].word.content, scratch._captures[0].word.content
 
@@ -130,10 +131,12 @@ def words(monkeypatch):
 def test_a_fault_raises_once_at_the_next_call(words, fault, captured):
     words[captured].value = fault + 8 * 17
     scratch._scratch[0, 5].counters.fill_(3)
+    scratch._captures[0].stock.fill_(3)
     with pytest.raises(RuntimeError, match="CUDA graph" if captured else "earlier call on this stream") as error:
         scratch.scratch_of(0, 5, (1, 2, 3))
     assert ("17" in str(error.value)) == (fault != cfg.FAULT_PLAN)
     assert not scratch._scratch[0, 5].counters.any()
+    assert scratch._captures[0].stock.any() != captured, "those of a graph are cleared if it was at fault"
     scratch.scratch_of(0, 5, (1, 2, 3))
 
 

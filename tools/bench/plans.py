@@ -1,6 +1,6 @@
 """Ways to cut an MLA decode call into pieces, each timed: does the planner choose the fastest?
 
-python -m tools.bench.plans                        387 shapes, under a minute on an H100
+python -m tools.bench.plans                        387 shapes, two to three minutes on an H100; one with --repeats 6
 python -m tools.bench.plans --rows 'b8-.*hq128'
 
 Every plan of `cutehop.ref.mla_plan.candidates` is run by the kernels on a batch of equal sequences, the plans taking
