@@ -15,9 +15,10 @@ def plan_kernel(config: PlanConfig) -> Program:
 
 @compiled
 def decode_kernel(config: DecodeConfig) -> Program:
-    from .decode import program
+    from .decode import MlaDecode, program
+    from .few_rows import FewRowsDecode
 
-    return program(config)
+    return program(FewRowsDecode(config) if config.few_rows else MlaDecode(config))
 
 
 @compiled
@@ -31,7 +32,7 @@ def variants():
     """Every kernel of this family, as (compiled function, config)."""
     dtypes = ("bf16", "f16")
     yield plan_kernel, PlanConfig()
-    for dtype, page, spread in product(dtypes, PAGE_SIZES, (False, True)):
-        yield decode_kernel, DecodeConfig(dtype, page, spread)
+    for dtype, page, spread, few in product(dtypes, PAGE_SIZES, (False, True), (False, True)):
+        yield decode_kernel, DecodeConfig(dtype, page, spread, few)
     for dtype, shape in product(dtypes, COMBINE_SHAPES):
         yield combine_kernel, CombineConfig(dtype, *shape)

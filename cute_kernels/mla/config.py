@@ -5,6 +5,7 @@ from dataclasses import dataclass
 HEAD_DIM = 576  # 512 NoPE + 64 RoPE columns of a cached token
 HEAD_DIM_V = 512  # V is the first 512 columns of K
 BLOCK = 64  # keys per pipeline block, and the unit of the planner
+FEW_ROWS = 16  # up to so many rows per sequence and kv head have kernels of their own
 TILE_M = 64  # packed (token, head) rows per CTA: one wgmma M
 NUM_SLABS = HEAD_DIM // 64  # 64-column slabs of one block, 8 KiB each
 SLAB_BYTES = BLOCK * 64 * 2
@@ -43,12 +44,14 @@ FAULT_MERGE = 4  # a piece did not arrive
 class DecodeConfig:
     """One compiled decode kernel. dtype: "bf16" | "f16"; page_size: 16 | 32 | 64 | 128 tokens.
 
-    spread: the first partitions do not go to neighbouring SMs, see `few_sequences`.
+    spread: the first partitions do not go to neighbouring SMs, see `few_sequences`. few_rows: at most FEW_ROWS rows per
+    sequence and kv head.
     """
 
     dtype: str
     page_size: int
     spread: bool = False
+    few_rows: bool = False
 
     @property
     def box_rows(self) -> int:
@@ -107,6 +110,15 @@ def max_slots(batch: int, partitions: int, max_blocks: int, split_blocks: int) -
 def arrivals(slots: int) -> int:
     """Counters of arrived pieces for one tile: sequences left to the combine kernel begin more than MERGE_MAX apart."""
     return -(-slots // (MERGE_MAX + 1)) * WARPS_OUT
+
+
+def q_rows(rows: int, ragged: bool, split_blocks: int) -> int:
+    """Rows of Q that a decode CTA loads.
+
+    The kernels differ in the last bits, and `rows` is that of a ragged batch's longest sequence: where the results must
+    not depend on the batch, such a one has the kernel that all of them can have.
+    """
+    return FEW_ROWS if rows <= FEW_ROWS and not (ragged and split_blocks) else TILE_M
 
 
 def few_sequences(batch: int, partitions: int) -> bool:

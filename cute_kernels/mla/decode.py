@@ -29,6 +29,8 @@ Named barriers (256 threads; one warpgroup arrives, the other waits)
 Shared memory (bytes): Q 73728, K 2 x 73728, P0 8192, row statistics 1280, plan words 44, mbarriers 192. P1
 overlays the RoPE slab of Q, which both warpgroups keep in registers.
 
+Up to 16 rows few_rows.py has other math; the rest is as here.
+
 Bounds: 2176 tensor cycles and 2304 shared-memory cycles per block and CTA; 73,728 B of DRAM per block.
 """
 
@@ -40,7 +42,6 @@ from cutlass import BFloat16, Float16, Float32, GridConstant, Int32, Int64, cons
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.experimental.cuda.tensor_map import TensorMap, create_tensor_map_tiled
 from cutlass.memory import SmemAllocator
-from cutlass.utils import LayoutEnum
 
 from ..jit import Program
 from ..sm90.args import fake_args, param_kinds
@@ -54,13 +55,18 @@ THREADS = 3 * WG
 
 
 class MlaDecode(Loaders, Math):
+    q_rows = TILE_M
+
     def __init__(self, config: DecodeConfig):
+        self.config = config
         self.dtype = BFloat16 if config.dtype == "bf16" else Float16
         self.page = config.page_size
         self.box_rows = config.box_rows
         self.boxes = BLOCK // self.box_rows
         self.spread = config.spread
+        self.Smem = self.smem_struct()
 
+    def smem_struct(self):
         @cute.struct
         class Smem:
             q_full: cute.struct.MemRange[Int64, 1]
@@ -79,7 +85,7 @@ class MlaDecode(Loaders, Math):
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, 2 * BLOCK * HEAD_DIM], 1024]
             p0: cute.struct.Align[cute.struct.MemRange[self.dtype, TILE_M * BLOCK], 1024]
 
-        self.Smem = Smem
+        return Smem
 
     # ------------------------------------------------------------------------------------------------ host
 
@@ -96,10 +102,6 @@ class MlaDecode(Loaders, Math):
             hint_smem_base_uniform=False,  # else every wgmma descriptor goes through R2UR: 100 instructions a block
         )
 
-    def swizzle_atom(self):
-        kind = hh.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, 64)
-        return warpgroup.make_smem_layout_atom(kind, self.dtype)
-
     def make_mmas(self):
         def mma(b_major, n, a_source):
             return hh.make_trivial_tiled_mma(
@@ -112,6 +114,34 @@ class MlaDecode(Loaders, Math):
         return Mmas(mma(K, BLOCK, smem), mma(K, BLOCK, rmem), mma(MN, 256, rmem), mma(MN, 256, smem))
 
     # ---------------------------------------------------------------------------------------------- device
+
+    def views_of(self, sm):
+        atom = self.swizzle_atom()
+        slab = cute.tile_to_shape(atom, (64, 64), order=(0, 1))
+        q_slabs = cute.tile_to_shape(atom, (64, 64, NUM_SLABS), order=(0, 1, 2))
+        k_slabs = cute.tile_to_shape(atom, (64, 64, 2 * NUM_SLABS), order=(0, 1, 2))
+        return Shared(
+            q=sm.q.data_ptr(),
+            k=sm.k.data_ptr(),
+            sQ=sm.q.get_tensor(q_slabs.outer, swizzle=q_slabs.inner),
+            sK=sm.k.get_tensor(k_slabs.outer, swizzle=k_slabs.inner),
+            sP0=sm.p0.get_tensor(slab.outer, swizzle=slab.inner),
+            row_max=sm.row_max.get_tensor(cute.make_layout(TILE_M)),
+            scale0=sm.scale0.get_tensor(cute.make_layout(TILE_M)),
+            scale1=sm.scale1.get_tensor(cute.make_layout(TILE_M)),
+            row_sum=sm.row_sum.get_tensor(cute.make_layout(2 * TILE_M)),
+            ticket=sm.ticket.get_tensor(cute.make_layout(1)),
+            cuts=sm.cuts.get_tensor(cute.make_layout(3)),
+            addresses=sm.addresses.get_tensor(cute.make_layout(2)),
+            q_full=sm.q_full.data_ptr(),
+            q_empty=sm.q_empty.data_ptr(),
+            k_full=sm.k_full.data_ptr(),
+            k_empty=sm.k_empty.data_ptr(),
+        )
+
+    def row_of(self, t):
+        """A math thread's first row; its second is 8 further."""
+        return (t // 32) * 16 + (t % 32) // 4
 
     @cute.jit
     def spread_work(self, work: cute.Tensor):
@@ -149,28 +179,7 @@ class MlaDecode(Loaders, Math):
             if const_expr(self.spread):
                 self.spread_work(work)
         cute.arch.mbarrier_init_fence()
-        atom = self.swizzle_atom()
-        slab = cute.tile_to_shape(atom, (64, 64), order=(0, 1))
-        q_slabs = cute.tile_to_shape(atom, (64, 64, NUM_SLABS), order=(0, 1, 2))
-        k_slabs = cute.tile_to_shape(atom, (64, 64, 2 * NUM_SLABS), order=(0, 1, 2))
-        shared = Shared(
-            q=sm.q.data_ptr(),
-            k=sm.k.data_ptr(),
-            sQ=sm.q.get_tensor(q_slabs.outer, swizzle=q_slabs.inner),
-            sK=sm.k.get_tensor(k_slabs.outer, swizzle=k_slabs.inner),
-            sP0=sm.p0.get_tensor(slab.outer, swizzle=slab.inner),
-            row_max=sm.row_max.get_tensor(cute.make_layout(TILE_M)),
-            scale0=sm.scale0.get_tensor(cute.make_layout(TILE_M)),
-            scale1=sm.scale1.get_tensor(cute.make_layout(TILE_M)),
-            row_sum=sm.row_sum.get_tensor(cute.make_layout(2 * TILE_M)),
-            ticket=sm.ticket.get_tensor(cute.make_layout(1)),
-            cuts=sm.cuts.get_tensor(cute.make_layout(3)),
-            addresses=sm.addresses.get_tensor(cute.make_layout(2)),
-            q_full=sm.q_full.data_ptr(),
-            q_empty=sm.q_empty.data_ptr(),
-            k_full=sm.k_full.data_ptr(),
-            k_empty=sm.k_empty.data_ptr(),
-        )
+        shared = self.views_of(sm)
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
@@ -179,7 +188,7 @@ class MlaDecode(Loaders, Math):
         t = tid % WG
         _, _, partitions = cute.arch.grid_dim()
         belongs = plan_belongs(args.plan, partitions, args.batch, args.split_blocks)
-        place = Place(work, belongs, wg, t, (t // 32) * 16 + (t % 32) // 4)
+        place = Place(work, belongs, wg, t, self.row_of(t))
         if wg == 2:
             cute.arch.setmaxregister_decrease(40)
             if warp_id == 8:
@@ -188,14 +197,15 @@ class MlaDecode(Loaders, Math):
                 self.load_q(q_map, args, shared, place)
         else:
             cute.arch.setmaxregister_increase(232)
-            v_half = cute.tile_to_shape(atom, (64, 256), order=(0, 1))
-            self.math(args, self.make_mmas(), shared, v_half, place)
+            self.math(args, self.make_mmas(), shared, place)
 
 
-def program(config: DecodeConfig) -> Program:
+def program(kernel: MlaDecode) -> Program:
     """The host function and the fake arguments that compile one variant."""
-    kernel = MlaDecode(config)
-    name = f"cutehop_mla_decode_{config.dtype}_page{config.page_size}{'_spread' * config.spread}"
+    config = kernel.config
+    name = (
+        f"cutehop_mla_decode_{config.dtype}_page{config.page_size}{'_spread' * config.spread}{'_few' * config.few_rows}"
+    )
     kernel.kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
     return Program(
         host=kernel,

@@ -16,9 +16,29 @@ STORED = 4  # what a ticket says when both have come and the first has stored
 
 
 class Epilogue(Faults):
-    """Part of decode.MlaDecode."""
+    """Part of decode.MlaDecode.
+
+    A thread has two rows, row and row + 8, and of the 16 vectors of 16 columns of its warpgroup's half `vectors`.
+    """
 
     dtype: type
+    vectors = 16
+
+    def row_group(self, c: Place):
+        """Which 16 rows of the tile a warp has."""
+        return c.t // 32
+
+    def vector(self, j, c: Place):
+        """The warp's j-th vector among those of the half."""
+        return j
+
+    def column(self, g, lane, c: Place):
+        """Of the half: the first of the 8 columns in the g-th pair of vectors that a lane of a quad stores."""
+        return (4 * g + lane) * 8
+
+    def share_top(self, s: Shared, top: Float32, h: cutlass.Constexpr[int], c: Place):
+        """The largest of a row, from that of each quad of lanes that has some of it."""
+        return top
 
     @cute.jit
     def epilogue(
@@ -39,7 +59,7 @@ class Epilogue(Faults):
         total1 = s.row_sum[c.row + 8] + s.row_sum[c.row + 8 + TILE_M]
         sync_math()  # the next piece may overwrite the statistics
         scale = cute.make_rmem_tensor(2, Float32)
-        self.normalize(O, lse, scale, total0, total1, cut)
+        self.normalize(s, O, lse, scale, total0, total1, cut, c)
         leader = (c.wg == 0) & (c.t == 0)
         report_fault(s.addresses[1], cut.fault, req, leader)
         poison = Float32.nan if cut.fault != 0 else Float32(0.0)
@@ -68,8 +88,9 @@ class Epilogue(Faults):
 
     @cute.jit
     def normalize(
-        self, O: cute.Tensor, lse: cute.Tensor, scale: cute.Tensor, total0: Float32, total1: Float32, cut: Cut
-    ):
+        self, s: Shared, O: cute.Tensor, lse: cute.Tensor, scale: cute.Tensor, total0: Float32, total1: Float32,
+        cut: Cut, c: Place,
+    ):  # fmt: skip
         """Divide by the row sums, or bring a piece into the range of fp16: O * scale is the result. The maxima become
         lse, base 2. 0 and -inf where nothing was visible."""
         for h in cutlass.range_constexpr(2):
@@ -79,9 +100,9 @@ class Epilogue(Faults):
             lse[h] = lse[h] + cute.math.log2(total, fastmath=True) if seen else -Float32.inf
             scale[h] = Float32(1.0)
             if cut.pieces > 0:
-                unit, inverse = self.unit(O, h)
+                unit, inverse = self.unit(s, O, h, c)
                 scale[h], factor = factor * unit, inverse
-            for j in cutlass.range_constexpr(64):
+            for j in cutlass.range_constexpr(4 * self.vectors):
                 i = (j // 2) * 4 + 2 * h + j % 2
                 O[i] = O[i] * factor
 
@@ -138,12 +159,12 @@ class Epilogue(Faults):
         c: Place,
     ):  # fmt: skip
         """The softmax-weighted mean of this CTA's piece, rounded as if it had been stored, and a stored one."""
-        if (c.t // 32) * 16 < rows:
-            address = partial_address(a, tile_index, c)
-            loaded = [ld_vector(address + j * 512) for j in range(16)]
+        if self.row_group(c) * 16 < rows:
+            address = self.partial_address(a, tile_index, c)
+            loaded = [ld_vector(address + self.vector(j, c) * 512) for j in range(self.vectors)]
             mine, theirs = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
             for h in cutlass.range_constexpr(2):
-                other, other_scale = ptx.ld_global_v2_f32(partial_row_address(a, tile_index, c) + h * 64)
+                other, other_scale = ptx.ld_global_v2_f32(self.partial_row_address(a, tile_index, c) + h * 64)
                 top = cute.arch.fmax(lse[h], other)
                 seen = top != -Float32.inf  # also NaN, from a fault
                 top = top if seen else Float32(0.0)
@@ -154,7 +175,7 @@ class Epilogue(Faults):
                 mine[h] = mine[h] * factor * scale[h]
                 theirs[h] = theirs[h] * factor * other_scale
                 lse[h] = top + cute.math.log2(both, fastmath=True) if seen else -Float32.inf
-            for k in cutlass.range_constexpr(64):
+            for k in cutlass.range_constexpr(4 * self.vectors):
                 rounded = ptx.unpack_f16(ptx.pack_f16(O[2 * k], O[2 * k + 1]))
                 for i, value in enumerate(ptx.unpack_f16(loaded[k // 4][k % 4])):
                     O[2 * k + i] = ptx.weighted_sum(rounded[i], mine[k % 2], value, theirs[k % 2])
@@ -186,7 +207,7 @@ class Epilogue(Faults):
         lane = c.t % 4
         frag = cute.make_rmem_tensor(8, self.dtype)
         words = cute.recast_tensor(frag, Int32)
-        for g in cutlass.range_constexpr(8):  # 32 columns
+        for g in cutlass.range_constexpr(self.vectors // 2):
             for i in cutlass.range_constexpr(8):
                 frag[i] = self.dtype(O[(4 * g + i // 2) * 4 + 2 * h + i % 2] * factor)
             x = [words[i] for i in range(4)]
@@ -196,7 +217,7 @@ class Epilogue(Faults):
                     other = cute.arch.shuffle_sync_bfly(x[lo] if odd else x[hi], offset=step)
                     x[lo], x[hi] = (other if odd else x[lo]), (x[hi] if odd else other)
             if live:
-                ptx.st_global(out_row + (c.wg * 256 + (4 * g + lane) * 8) * 2, x[0], x[1], x[2], x[3])
+                ptx.st_global(out_row + (c.wg * 256 + self.column(g, lane, c)) * 2, x[0], x[1], x[2], x[3])
 
     @cute.jit
     def store_partial(
@@ -204,27 +225,28 @@ class Epilogue(Faults):
         c: Place,
     ):  # fmt: skip
         """A piece as it lies in the registers: each store of a warp fills 512 adjacent bytes."""
-        if (c.t // 32) * 16 < rows:  # else the whole warp has nothing but padding
-            address = partial_address(a, tile_index, c)
-            for j in cutlass.range_constexpr(16):
+        if self.row_group(c) * 16 < rows:  # else the whole warp has nothing but padding
+            address = self.partial_address(a, tile_index, c)
+            for j in cutlass.range_constexpr(self.vectors):
                 words = [ptx.pack_f16(O[8 * j + 2 * w], O[8 * j + 2 * w + 1]) for w in range(4)]
-                ptx.st_global(address + j * 512, *words)
+                ptx.st_global(address + self.vector(j, c) * 512, *words)
             if c.t % 4 == 0:
                 for h in cutlass.range_constexpr(2):
-                    ptx.st_global(partial_row_address(a, tile_index, c) + h * 64, lse[h], scale[h])
+                    ptx.st_global(self.partial_row_address(a, tile_index, c) + h * 64, lse[h], scale[h])
 
     @cute.jit
-    def unit(self, O: cute.Tensor, h: cutlass.Constexpr[int]):
+    def unit(self, s: Shared, O: cute.Tensor, h: cutlass.Constexpr[int], c: Place):
         """A power of two by which a row's values of this warp become smaller than 2**15, hardly so; its inverse.
 
         A row with an infinity gets 1: the others keep their digits if they are of ordinary size.
         """
         tops = [Float32(0.0)] * 4  # one would be a chain of 64
-        for j in cutlass.range_constexpr(64):
+        for j in cutlass.range_constexpr(4 * self.vectors):
             tops[j % 4] = cute.arch.fmax(tops[j % 4], ptx.abs_f32(O[(j // 2) * 4 + 2 * h + j % 2]))
         top = cute.arch.fmax(cute.arch.fmax(tops[0], tops[1]), cute.arch.fmax(tops[2], tops[3]))
         top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, offset=1))
         top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, offset=2))
+        top = self.share_top(s, top, h, c)
         exponent = top.bitcast(Int32) >> 23
         exponent = exponent if exponent < 255 else Int32(141)
         exponent = exponent if exponent > 15 else Int32(15)
@@ -238,13 +260,12 @@ class Epilogue(Faults):
         wanted = (c.wg == 0) & (c.t < WARPS_OUT) & (first_row < rows)
         ptx.red_release_gpu_if(a.arrivals + tile * WARPS_OUT + c.t, Int32(1), Int32(wanted))
 
+    def partial_address(self, a: DecodeArgs, tile_index, c: Place):
+        """Of the first 16 bytes of the thread's lane in the decode warp's part of partial_out."""
+        warp = Int64(tile_index) * WARPS_OUT + c.wg * 4 + self.row_group(c)
+        return a.partial_out.toint() + (warp * 512 + c.t % 32) * 16
 
-def partial_address(a: DecodeArgs, tile_index, c: Place):
-    """Of the thread's first 16 bytes in partial_out."""
-    return a.partial_out.toint() + ((Int64(tile_index) * WARPS_OUT + c.wg * 4 + c.t // 32) * 512 + c.t % 32) * 16
-
-
-def partial_row_address(a: DecodeArgs, tile_index, c: Place):
-    """Of the thread's first row in partial_rows. Each warp stores the lse of its rows, so it needs no other."""
-    row = (Int64(tile_index) * WARPS_OUT + c.wg * 4 + c.t // 32) * 16 + (c.t % 32) // 4
-    return a.partial_rows.toint() + row * 8
+    def partial_row_address(self, a: DecodeArgs, tile_index, c: Place):
+        """Of the thread's first row in partial_rows. Each warp stores the lse of its rows, so it needs no other."""
+        row = (Int64(tile_index) * WARPS_OUT + c.wg * 4 + self.row_group(c)) * 16 + (c.t % 32) // 4
+        return a.partial_rows.toint() + row * 8

@@ -6,7 +6,7 @@ from cutlass import Int32, Int64, const_expr
 from cutlass.experimental import primitives as prims
 
 from ..sm90.gmem import load_i32
-from .config import BLOCK, NUM_SLABS, SLAB_BYTES, TILE_M
+from .config import BLOCK, NUM_SLABS, TILE_M
 from .cta import EVICT_FIRST, K0L, K0R, K1L, K1R, Place, Shared
 from .work import DecodeArgs, Piece, get_piece, load_record, next_position, not_done
 
@@ -17,6 +17,7 @@ class Loaders:
     page: int  # tokens
     box_rows: int  # rows of one TMA box
     boxes: int  # boxes of a block, one page each
+    q_rows: int  # of a tile of Q
 
     @cute.jit
     def load_k(self, desc, a: DecodeArgs, s: Shared, c: Place, lane: Int32):
@@ -105,7 +106,7 @@ class Loaders:
                 cute.arch.mbarrier_wait(s.q_empty, phase)
                 phase ^= 1
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(s.q_full, NUM_SLABS * SLAB_BYTES)
+                    cute.arch.mbarrier_arrive_and_expect_tx(s.q_full, NUM_SLABS * self.q_rows * 128)
                     prims.cp_async_bulk_tensor_shared_cta_global(
                         s.q,
                         desc.get_ptr(),

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as hh
 from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warp, warpgroup
+from cutlass.utils import LayoutEnum
 
 from ..sm90 import ptx
 from .config import BLOCK, HEAD_DIM_V, NUM_SLABS, RESCALE_LOG2, SLAB_BYTES, TILE_M
@@ -61,8 +63,12 @@ class Step:
 class Math(Epilogue):
     """Part of decode.MlaDecode."""
 
+    def swizzle_atom(self):
+        kind = hh.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, 64)
+        return warpgroup.make_smem_layout_atom(kind, self.dtype)
+
     @cute.jit
-    def math(self, a: DecodeArgs, mma: Mmas, s: Shared, v_half: cute.ComposedLayout, c: Place):
+    def math(self, a: DecodeArgs, mma: Mmas, s: Shared, c: Place):
         """All pieces of the partition."""
         r = Registers(
             O=cute.make_rmem_tensor(mma.pv_rs.partition_shape_C((TILE_M, 256)), Float32),
@@ -72,6 +78,7 @@ class Math(Epilogue):
             L=cute.make_rmem_tensor(2, Float32),
         )
         get = cute.make_tiled_copy_A(cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype), mma.qk_rs)
+        v_half = cute.tile_to_shape(self.swizzle_atom(), (64, 256), order=(0, 1))
         tQs, tQr = get.get_slice(c.t).partition_S(s.sP1), get.get_slice(c.t).retile(r.Q8)
         if not c.belongs:
             self.refuse(a, c)

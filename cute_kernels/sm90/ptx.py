@@ -49,6 +49,41 @@ def unpack_f16(word):
     )
 
 
+def stmatrix_x4_trans(smem_addr, a, b, c, d):
+    """Four 8 x 8 matrices of 16 bits, transposed; lanes 8 g to 8 g + 7 give the rows' addresses of matrix g."""
+    cute.arch.inline_ptx(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+        read_only_args=[smem_addr, a, b, c, d],
+    )
+
+
+def movmatrix(word):
+    """An 8 x 8 matrix of 16 bits, transposed."""
+    return cute.arch.inline_ptx(
+        "movmatrix.sync.aligned.m8n8.trans.b16 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[word]
+    )
+
+
+def halves_of(a, b):
+    """The lower 16 bits of two floats, and the upper."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b32 x, y; mov.b32 x, {$r0}; mov.b32 y, {$r1}; "
+        "prmt.b32 {$w0}, x, y, 0x5410; prmt.b32 {$w1}, x, y, 0x7632; }",
+        write_only_types=[Int32, Int32],
+        read_only_args=[a, b],
+    )
+
+
+def floats_of(low, high):
+    """The inverse of halves_of."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b32 x, y; prmt.b32 x, {$r0}, {$r1}, 0x5410; prmt.b32 y, {$r0}, {$r1}, 0x7632; "
+        "mov.b32 {$w0}, x; mov.b32 {$w1}, y; }",
+        write_only_types=[Float32, Float32],
+        read_only_args=[low, high],
+    )
+
+
 def red_release_gpu_if(gmem_addr, value, wanted):
     """Add to an Int32 where `wanted` (Int32) is not 0, after what this thread has stored or seen is visible.
 

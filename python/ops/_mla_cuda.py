@@ -33,6 +33,7 @@ class _Call(NamedTuple):
     combine_grid: tuple[int, int, int]
     q_map: TensorMap | None  # None: no map describes q, every call makes a copy
     q_step: tuple[int, int]  # q_group, q_kv_step
+    q_rows: int
     k_map: TensorMap
     scratch: Need
     partial_out_bytes: int
@@ -147,7 +148,7 @@ def decode(
         _remember(key, call)
     q_map = call.q_map
     if q_map is None:  # the copy has to live until the launch, or the scratch memory might get its memory
-        q_map, _, q = _q_map(q, k_cache.shape[2], *call.shapes[:2], cu_seqlens_q is not None)
+        q_map, _, q = _q_map(q, k_cache.shape[2], *call.shapes[:2], call.q_rows, cu_seqlens_q is not None)
     partial_out, tickets, arrivals, report = scratch_of(device, stream, call.scratch)
     partial_rows = partial_out + call.partial_out_bytes
     plan_ptr, splits_ptr, lse_ptr = tile_scheduler_metadata.data_ptr(), num_splits.data_ptr(), lse.data_ptr()
@@ -210,14 +211,18 @@ def _prepare(
         combine = mla.combine_kernel(config, stream)
         combine_grid = cfg.combine_grid(config, combines, tiles, rows, sms_of(q.device))
     prepare_captures(q.get_device())
-    q_map, q_step, described = _q_map(q, h_kv, s_q, heads_per_kv, ragged)
+    q_rows = cfg.q_rows(rows, ragged, split_blocks)
+    q_map, q_step, described = _q_map(q, h_kv, s_q, heads_per_kv, q_rows, ragged)
     return _Call(
-        decode=mla.decode_kernel(cfg.DecodeConfig(name, page, cfg.few_sequences(batch, partitions)), stream),
+        decode=mla.decode_kernel(
+            cfg.DecodeConfig(name, page, cfg.few_sequences(batch, partitions), q_rows == cfg.FEW_ROWS), stream
+        ),
         combine=combine,
         grid=(row_tiles, h_kv, partitions),
         combine_grid=combine_grid,
         q_map=q_map if described is q else None,
         q_step=q_step,
+        q_rows=q_rows,
         k_map=_k_map(k_cache),
         scratch=(
             slots * tiles * (cfg.PARTIAL_OUT_BYTES + cfg.PARTIAL_ROWS_BYTES),
@@ -235,9 +240,9 @@ def _prepare(
 
 
 def _q_map(
-    q: Tensor, h_kv: int, s_q: int, heads_per_kv: int, ragged: bool
+    q: Tensor, h_kv: int, s_q: int, heads_per_kv: int, tile: int, ragged: bool
 ) -> tuple[TensorMap, tuple[int, int], Tensor]:
-    """Tensor map that gives a tile of 64 packed rows as one box; q_group and q_kv_step of DecodeArgs; the q it is of.
+    """Tensor map that gives `tile` packed rows as one box; q_group and q_kv_step of DecodeArgs; the q it is of.
 
     Packed rows (token, head) are one dimension if tokens follow each other like heads do, else a box spans heads and
     tokens. Where neither fits (several kv heads of an odd size, unusual strides) q is copied, kv head by kv head.
@@ -248,16 +253,16 @@ def _q_map(
     steps = [stride for stride, extent in ((stride_h, h_q), (stride_s, tokens), (stride_b, batch)) if extent > 1]
     aligned = q.data_ptr() % 16 == 0 and all(stride and stride % 8 == 0 for stride in steps)  # 0: expanded
     if aligned and ((s_q == 1 and not ragged) or (h_kv == 1 and stride_s == h_q * stride_h)):
-        dims, strides, box = (h_q * tokens, 1, batch), (stride_h, stride_h, stride_b), (cfg.TILE_M, 1)
+        dims, strides, box = (h_q * tokens, 1, batch), (stride_h, stride_h, stride_b), (tile, 1)
         q_group, q_kv_step = 1 << 30, s_q * heads_per_kv
-    elif aligned and (cfg.TILE_M % heads_per_kv == 0 or heads_per_kv % cfg.TILE_M == 0):
-        heads = min(heads_per_kv, cfg.TILE_M)
-        dims, strides, box = (h_q, tokens, batch), (stride_h, stride_s, stride_b), (heads, cfg.TILE_M // heads)
+    elif aligned and (tile % heads_per_kv == 0 or heads_per_kv % tile == 0):
+        heads = min(heads_per_kv, tile)
+        dims, strides, box = (h_q, tokens, batch), (stride_h, stride_s, stride_b), (heads, tile // heads)
         q_group, q_kv_step = heads_per_kv, heads_per_kv
     else:
         q = q.unflatten(-2, (h_kv, heads_per_kv)).transpose(-4, -3).contiguous()  # ([b,] h_kv, tokens, heads, 576)
         rows = tokens * h_q
-        dims, strides, box = (rows, 1, batch), (cfg.HEAD_DIM, cfg.HEAD_DIM, rows * cfg.HEAD_DIM), (cfg.TILE_M, 1)
+        dims, strides, box = (rows, 1, batch), (cfg.HEAD_DIM, cfg.HEAD_DIM, rows * cfg.HEAD_DIM), (tile, 1)
         q_group, q_kv_step = 1 << 30, tokens * heads_per_kv
     # an extent of 1 may carry any stride, also one that the encoder would refuse
     head, token, sequence = ((stride if extent > 1 else cfg.HEAD_DIM) * 2 for stride, extent in zip(strides, dims))

@@ -73,14 +73,22 @@ LAYOUTS = {
 
 
 def check_tiles(q: Tensor, h_kv: int, starts: list[int], ragged: bool, s_q: int) -> bool:
+    few = s_q * q.shape[-2] // h_kv <= cfg.FEW_ROWS
+    heights = (cfg.TILE_M, cfg.FEW_ROWS) if few else (cfg.TILE_M,)
+    copied = {check_tiles_of(height, q, h_kv, starts, ragged, s_q) for height in heights}
+    assert len(copied) == 1
+    return copied.pop()
+
+
+def check_tiles_of(height: int, q: Tensor, h_kv: int, starts: list[int], ragged: bool, s_q: int) -> bool:
     """Every packed row of every tile against q itself, tokens starts[i] .. starts[i + 1] of sequence i.
 
     Returns whether q was copied. The coordinates are those of Loaders.load_q.
     """
     h_q = q.shape[-2]
     heads_per_kv = h_q // h_kv
-    q_map, (q_group, q_kv_step), kept = _mla_cuda._q_map(q, h_kv, s_q, heads_per_kv, ragged)
-    assert torch.Size(q_map.box).numel() * 2 == cfg.NUM_SLABS * cfg.SLAB_BYTES  # what the kernel's barrier waits for
+    q_map, (q_group, q_kv_step), kept = _mla_cuda._q_map(q, h_kv, s_q, heads_per_kv, height, ragged)
+    assert torch.Size(q_map.box).numel() * 2 == cfg.NUM_SLABS * height * 128  # what the kernel's barrier waits for
     tokens = q if ragged else q.flatten(0, 1)
     for req, (token0, end) in enumerate(pairwise(starts)):
         for kv_head in range(h_kv):
@@ -96,8 +104,8 @@ def check_tiles(q: Tensor, h_kv: int, starts: list[int], ragged: bool, s_q: int)
                     else:
                         token += token0
                 box = q_map.load(kept, 0, head, token, 0, batch)
-                loaded = box.reshape(cfg.NUM_SLABS, cfg.TILE_M, 64).transpose(0, 1).reshape(cfg.TILE_M, cfg.HEAD_DIM)
-                wanted = rows[tile * cfg.TILE_M :][: cfg.TILE_M]
+                loaded = box.reshape(cfg.NUM_SLABS, height, 64).transpose(0, 1).reshape(height, cfg.HEAD_DIM)
+                wanted = rows[tile * cfg.TILE_M :][:height]
                 assert same_bits(loaded[: len(wanted)], wanted), f"sequence {req}, kv head {kv_head}, tile {tile}"
     return kept is not q
 

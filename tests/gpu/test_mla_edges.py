@@ -117,7 +117,7 @@ def test_constant_sinks():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("h_q", "h_kv"), [(16, 1), (128, 1), (126, 3), (128, 8)])
+@pytest.mark.parametrize(("h_q", "h_kv"), [(4, 1), (24, 8), (16, 1), (128, 1), (126, 3), (128, 8)])
 def test_ragged(h_q, h_kv, causal):
     base = MlaCase(6, 4, 600, h_q, h_kv, varlen=True, causal=causal, tokens_q=(1, 0, 4, 2, 3, 0))
     short = replace(base, lengths=(0, 5, 3, 1, 64, 0))

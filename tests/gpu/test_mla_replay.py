@@ -111,6 +111,11 @@ def alone(inputs: MlaInputs, i: int) -> MlaInputs:
     one = slice(i, i + 1)
     case = replace(inputs.case, b=1, lengths=None)
     tensors = {name: getattr(inputs, name)[one].clone() for name in ("q", "block_table", "cache_seqlens")}
+    if case.tokens_q is not None:
+        first, tokens = sum(case.tokens_q[:i]), case.tokens_q[i]
+        case = replace(case, s_q=tokens, tokens_q=(tokens,))
+        tensors["q"] = inputs.q[first : first + tokens].clone()
+        tensors["cu_seqlens_q"] = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
     return replace(inputs, case=case, **tensors)
 
 
@@ -123,6 +128,20 @@ def test_fixed_cuts_make_results_independent_of_the_batch(h_q, s_q, split_tokens
     out, lse = inputs.decode()
     for i in range(len(lengths)):
         assert same_bits(alone(inputs, i).decode(), (out[i : i + 1], lse[i : i + 1])), f"sequence {i} of {lengths}"
+
+
+@pytest.mark.parametrize("h_q", [4, 16, 64])
+def test_fixed_cuts_make_ragged_results_independent_of_the_batch(h_q):
+    """Alone, a sequence has fewer rows than the longest of the batch, for which there may be another kernel."""
+    tokens, lengths = (1, 4, 2, 20, 1, 3), (3000, 700, 64, 5000, 1, 2048)
+    case = MlaCase(6, 20, 0, h_q, lengths=lengths, tokens_q=tokens, causal=True, split_tokens=256)
+    inputs = build_inputs(case, "cuda")
+    out, lse = inputs.decode()
+    first = 0
+    for i, n in enumerate(tokens):
+        rows = slice(first, first + n)
+        assert same_bits(alone(inputs, i).decode(), (out[rows], lse[:, rows])), f"sequence {i}"
+        first += n
 
 
 def test_one_plan_serves_many_layers():
