@@ -6,7 +6,8 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
 WG = 128  # threads of a warpgroup
-BAR_MAX0, BAR_MAX1, BAR_P0, BAR_P1, BAR_SYNC = 1, 2, 3, 4, 5  # named barriers of both math warpgroups
+BAR_MAX0, BAR_P0, BAR_P1, BAR_SYNC = 1, 2, 3, 4  # named barriers of both math warpgroups
+BAR_WG = 5  # and of each alone: 5, 6
 K0L, K0R, K1L, K1R = 0, 1, 2, 3  # halves of the two K blocks: columns 0-255 and 256-575
 EVICT_FIRST = 0x12F0000000000000  # L2 policy of CUTLASS for data that is read once
 LN2 = 0.6931471805599453

@@ -14,8 +14,8 @@ Roles (384 threads)
 A full 64x512 fp32 output takes half the register file, so one CTA holds one output tile, cut in columns, and the two
 warpgroups alternate on the softmax instead of on output tiles. One pair of blocks, the newest key block first:
 
-    WG0  max S0; m, a0 | P0 = exp     | O_L += P0 V0_L | P0 *= a1 -> smem; O_L *= a1 | O_L += P1 V1_L | S0' = Q K0'
-    WG1  max S1        | m, a1; P1 -> smem | O_R += P1 V1_R                          | O_R += P0 V0_R | S1' = Q K1'
+    WG0  max S0; m, a0  | P0 -> smem              | O_L += P0 V0_L | O_L *= a1; O_L += P1 V1_L | S0' = Q K0'
+    WG1  max S1         | O_R *= a0; m, a1; P1 -> smem | O_R += P0 V0_R | O_R *= a1; O_R += P1 V1_R | S1' = Q K1'
 
 Going from the newest block down puts the causal mask and the unused tail rows into the first blocks, before the loop.
 
@@ -24,7 +24,7 @@ Pipelines (mbarriers; L = columns 0-255, R = 256-575)
     k_empty[4]   K0L K0R K1L K1R: one arrive of the warpgroup that multiplies that half of V
     q_full   bytes of the slabs               q_empty  one arrive of each warpgroup
 Named barriers (256 threads; one warpgroup arrives, the other waits)
-    MAX0 a0 and m ready | MAX1 a1 and m ready | P0 in smem | P1 in smem and V0_R issued | SYNC both wait
+    MAX0 a0 and m ready | P0 in smem | P1 in smem, a1 and m ready, V0_R issued | SYNC both wait
 
 Shared memory (bytes): Q 73728, K 2 x 73728, P0 8192, row statistics 1280, plan words 44, mbarriers 192. P1
 overlays the RoPE slab of Q, which both warpgroups keep in registers.

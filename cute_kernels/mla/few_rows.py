@@ -19,13 +19,14 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from ..sm90 import ptx
 from .config import BLOCK, FEW_ROWS, HEAD_DIM, HEAD_DIM_V, NUM_SLABS, RESCALE_LOG2
-from .cta import BAR_MAX0, NEG_BIG, WG, Place, sync_math
+from .cta import BAR_WG, NEG_BIG, WG, Place, sync_math
 from .decode import MlaDecode
 from .faults import report_fault
 from .work import DecodeArgs, Piece, get_cut, get_piece, load_record, next_position, not_done, put_cuts, visible_keys
 
 WARPS = WG // 32
 OWN = HEAD_DIM_V // 2 // 64  # 64-column tiles of a warpgroup's half
+HALVES = ((0, 1), (1, 0))  # of the columns, by warpgroup, in the order in which the loader loads them
 
 
 @dataclass(frozen=True)
@@ -206,17 +207,17 @@ class FewRowsDecode(MlaDecode):
             phase ^= 1
             self.few_softmax(w, s, r, block, piece, a.scale_log2, c)
             self.few_values(w, mma, r, rV, rP)
-            for half in cutlass.range_constexpr(2):
-                warpgroup.wait_group(1 - half)
+            for done in cutlass.range_constexpr(2):
+                warpgroup.wait_group(1 - done)
                 if c.t == 0:
-                    cute.arch.mbarrier_arrive(s.k_empty + 2 * w + half)
+                    cute.arch.mbarrier_arrive(s.k_empty + 2 * w + HALVES[w][done])
 
     def few_scores(self, w, mma, s, r, rK, rQ, phase):
         """S^T of a block, slab by slab as they land."""
         atom = cute.make_mma_atom(mma.qk.op)
         atom.set(warpgroup.Field.ACCUMULATE, False)
-        halves = (*range(0, 4), *range(4, NUM_SLABS))
-        for slab in halves if w == 0 else (*halves[4:], *halves[:4]):  # as the loader loads them
+        slabs = (range(0, 4), range(4, NUM_SLABS))
+        for slab in (*slabs[HALVES[w][0]], *slabs[HALVES[w][1]]):
             cute.arch.mbarrier_wait(s.k_full + w * NUM_SLABS + slab, phase)
             warpgroup.fence()
             for k in range(4):
@@ -228,7 +229,7 @@ class FewRowsDecode(MlaDecode):
         """O^T += V^T P^T, a group for each half of the columns."""
         atom = cute.make_mma_atom(mma.pv.op)
         atom.set(warpgroup.Field.ACCUMULATE, True)
-        for half in range(2):
+        for half in HALVES[w]:
             warpgroup.fence()
             for k in range(BLOCK // 16):
                 cute.gemm(atom, r.O[half], rV[half][None, None, k], rP[None, None, k, w], r.O[half])
@@ -250,7 +251,7 @@ class FewRowsDecode(MlaDecode):
             most = over_lanes(cute.arch.fmax, cute.arch.fmax(r.S[first(q)], r.S[first(q) + 2]))
             if lane < 4:
                 s.most[w, warp, row_of_quad(q, c)] = most
-        cute.arch.barrier(barrier_id=BAR_MAX0 + w, number_of_threads=WG)
+        cute.arch.barrier(barrier_id=BAR_WG + w, number_of_threads=WG)
         factor = cute.make_rmem_tensor(4, Float32)
         for q in cutlass.range_constexpr(4):
             most = s.most[w, 0, row_of_quad(q, c)]
@@ -279,7 +280,7 @@ class FewRowsDecode(MlaDecode):
         address = s.sP.iterator.toint() + w * (FEW_ROWS * BLOCK * 2) + row * (BLOCK * 2) + (chunk ^ (row % 8)) * 16
         ptx.stmatrix_x4_trans(address, *(words[i] for i in range(4)))
         cute.arch.fence_view_async_shared()
-        cute.arch.barrier(barrier_id=BAR_MAX0 + w, number_of_threads=WG)
+        cute.arch.barrier(barrier_id=BAR_WG + w, number_of_threads=WG)
 
     # -------------------------------------------------------------------------------------------- end of a piece
 
@@ -356,7 +357,7 @@ class FewRowsDecode(MlaDecode):
         """Columns of a row are spread over the warps."""
         if c.t % 4 == 0:
             s.most[c.wg, c.t // 32, c.row + 8 * h] = top
-        cute.arch.barrier(barrier_id=BAR_MAX0 + c.wg, number_of_threads=WG)
+        cute.arch.barrier(barrier_id=BAR_WG + c.wg, number_of_threads=WG)
         for i in cutlass.range_constexpr(WARPS):
             top = cute.arch.fmax(top, s.most[c.wg, i, c.row + 8 * h])
         return top

@@ -36,11 +36,10 @@ class Loaders:
                 both = 2 * pair + 1 < piece.n
                 # the order in which the math frees the halves
                 self.load_half(desc, a, s, c, K0L, phase0, pages, newest, piece.seqlen)
-                if both:
-                    self.load_half(desc, a, s, c, K1R, phase1, pages, newest - 1, piece.seqlen)
                 self.load_half(desc, a, s, c, K0R, phase0, pages, newest, piece.seqlen)
                 phase0 ^= 1
                 if both:
+                    self.load_half(desc, a, s, c, K1R, phase1, pages, newest - 1, piece.seqlen)
                     self.load_half(desc, a, s, c, K1L, phase1, pages, newest - 1, piece.seqlen)
                     phase1 ^= 1
             req, block, _, seqlen = next_position(a, record, piece, req, Int32(0))

@@ -11,7 +11,7 @@ from cutlass.utils import LayoutEnum
 
 from ..sm90 import ptx
 from .config import BLOCK, HEAD_DIM_V, NUM_SLABS, RESCALE_LOG2, SLAB_BYTES, TILE_M
-from .cta import BAR_MAX0, BAR_MAX1, BAR_P0, BAR_P1, K0L, K0R, K1L, K1R, NEG_BIG, WG, Place, Shared, sync_math
+from .cta import BAR_MAX0, BAR_P0, BAR_P1, K0L, K0R, K1L, K1R, NEG_BIG, WG, Place, Shared, sync_math
 from .epilogue import Epilogue
 from .work import DecodeArgs, Piece, get_piece, load_record, next_position, not_done, put_cuts, visible_keys
 
@@ -29,7 +29,7 @@ class Registers:
     """What a math thread holds, in 32-bit registers."""
 
     O: cute.Tensor  # 128: one half of the output columns
-    S: cute.Tensor  # 32: scores of one block, then P in fp32
+    S: cute.Tensor  # 32: scores of one block
     P: cute.Tensor  # 16: P in 16 bits
     Q8: cute.Tensor  # 16: RoPE slab of Q
     L: cute.Tensor  # 2: row sums over this thread's columns
@@ -136,7 +136,7 @@ class Math(Epilogue):
         if piece.n % 2 == 1:
             if const_expr(w == 0):
                 k = self.step(piece, piece.first, limit0, limit1, Boolean(False), phase)
-                self.last0(mma, s, r, v, k, a.scale_log2, c)
+                self.even_block(mma, s, r, v, k, a.scale_log2, c)
             else:
                 self.last1(mma, s, r, v, c)
 
@@ -248,53 +248,57 @@ class Math(Epilogue):
         return new_max, factor
 
     @cute.jit
-    def exponentials(self, r: Registers, new_max: cute.Tensor, scale_log2: Float32):
-        """P = 2^(S - m), kept in fp32 (S) and rounded (P), and its row sums."""
+    def exponentials(self, r: Registers, new_max: cute.Tensor, factor: cute.Tensor, scale_log2: Float32):
+        """P = 2^(S - m), rounded, and its row sums on top of the older ones times `factor`."""
         for h in cutlass.range_constexpr(2):
             total = Float32(0.0)
             for j in cutlass.range_constexpr(32):
                 if const_expr((j % 4) // 2 == h):
+                    # into S, which nobody reads again: with a variable of its own the compiler crashes
                     r.S[j] = cute.math.exp2(r.S[j] * scale_log2 - new_max[h], fastmath=True)
                     r.P[j] = self.dtype(r.S[j])
                     total += r.S[j]
-            r.L[h] = r.L[h] + total
+            r.L[h] = r.L[h] * factor[h] + total
 
     @cute.jit
-    def rescale(self, r: Registers, f0: Float32, f1: Float32):
-        """O and L times the rows' factors, which are exactly 1 for nearly every block after the first."""
+    def rescale(self, O: cute.Tensor, f0: Float32, f1: Float32, in_flight: cutlass.Constexpr[bool] = False):
+        """O times the rows' factors, which are exactly 1 for nearly every block after the first."""
         if cute.arch.vote_any_sync((f0 != 1.0) | (f1 != 1.0)):
-            r.L[0] = r.L[0] * f0
-            r.L[1] = r.L[1] * f1
+            if const_expr(in_flight):
+                warpgroup.wait_group(0)
             for j in cutlass.range_constexpr(128):
-                r.O[j] = r.O[j] * (f0 if const_expr(j % 4 < 2) else f1)
+                O[j] = O[j] * (f0 if const_expr(j % 4 < 2) else f1)
 
     @cute.jit
-    def even_softmax(self, s: Shared, r: Registers, k: Step, scale_log2: Float32, c: Place):
-        """P0, and O_L scaled to its maximum, which WG1 may have as soon as it is known."""
+    def follow(self, r: Registers, factors: cute.Tensor, c: Place):
+        """O and L times what the other warpgroup's block does to them."""
+        f0, f1 = factors[c.row], factors[c.row + 8]
+        r.L[0], r.L[1] = r.L[0] * f0, r.L[1] * f1
+        self.rescale(r.O, f0, f1)
+
+    @cute.jit
+    def even_block(self, mma: Mmas, s: Shared, r: Registers, v: Views, k: Step, scale_log2: Float32, c: Place):
+        """O_L += P0 V0_L by WG0, whose S is ready. WG1 may have the maximum and P0 as soon as they are known."""
         mx = self.row_maximum(r.S, k, c.t)
         new_max, factor = self.update_max(s, s.scale0, mx, scale_log2, c)
         cute.arch.barrier_arrive(barrier_id=BAR_MAX0, number_of_threads=2 * WG)
-        self.rescale(r, factor[0], factor[1])
-        self.exponentials(r, new_max, scale_log2)
+        self.rescale(r.O, factor[0], factor[1])
+        self.exponentials(r, new_max, factor, scale_log2)
+        cute.copy(v.put, v.tPr, v.tPs)
+        ptx.pin_registers(cute.recast_tensor(r.P, Int32))
+        self.issue_pv(mma.pv_rs, r.O, r.P, v.rV_own)
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier_arrive(barrier_id=BAR_P0, number_of_threads=2 * WG)
+        warpgroup.wait_group(0)
+        if c.t == 0:
+            cute.arch.mbarrier_arrive(s.k_empty + K0L)
 
     @cute.jit
     def pair0(self, mma: Mmas, s: Shared, r: Registers, v: Views, k: Step, scale_log2: Float32, c: Place):
         """WG0's share of one pair of blocks; S of the even block is ready on entry and, if there is more, on return."""
-        self.even_softmax(s, r, k, scale_log2, c)
-        ptx.pin_registers(cute.recast_tensor(r.P, Int32))
-        self.issue_pv(mma.pv_rs, r.O, r.P, v.rV_own)  # O_L += P0 V0_L
-        warpgroup.wait_group(0)
-        if c.t == 0:
-            cute.arch.mbarrier_arrive(s.k_empty + K0L)
-        cute.arch.barrier(barrier_id=BAR_MAX1, number_of_threads=2 * WG)
-        f0, f1 = s.scale1[c.row], s.scale1[c.row + 8]
-        for j in cutlass.range_constexpr(32):
-            r.P[j] = self.dtype(r.S[j] * (f0 if const_expr(j % 4 < 2) else f1))
-        cute.copy(v.put, v.tPr, v.tPs)
-        cute.arch.fence_view_async_shared()
-        cute.arch.barrier_arrive(barrier_id=BAR_P0, number_of_threads=2 * WG)
-        self.rescale(r, f0, f1)
+        self.even_block(mma, s, r, v, k, scale_log2, c)
         cute.arch.barrier(barrier_id=BAR_P1, number_of_threads=2 * WG)
+        self.follow(r, s.scale1, c)
         self.issue_pv(mma.pv, r.O, v.rP_other, v.rV_other)  # O_L += P1 V1_L
         if k.more:
             self.issue_qk(mma, s, r, v, 0, range(0, 4), k.next_phase, True)
@@ -310,48 +314,37 @@ class Math(Epilogue):
 
     @cute.jit
     def pair1(self, mma: Mmas, s: Shared, r: Registers, v: Views, k: Step, scale_log2: Float32, c: Place):
-        """WG1's share of one pair of blocks; S of the odd block is ready on entry and, if there is more, on return."""
+        """WG1's share of one pair of blocks; S of the odd block is ready on entry and, if there is more, on return.
+
+        P0 comes first though P1 is ready: its half of V is the first that WG0 needs back, for the next scores.
+        """
         mx = self.row_maximum(r.S, k, c.t)
         cute.arch.barrier(barrier_id=BAR_MAX0, number_of_threads=2 * WG)
-        before0, before1 = s.scale0[c.row], s.scale0[c.row + 8]
+        self.follow(r, s.scale0, c)
         new_max, factor = self.update_max(s, s.scale1, mx, scale_log2, c)
-        cute.arch.barrier_arrive(barrier_id=BAR_MAX1, number_of_threads=2 * WG)
-        self.rescale(r, before0 * factor[0], before1 * factor[1])
-        self.exponentials(r, new_max, scale_log2)
+        self.exponentials(r, new_max, factor, scale_log2)
         cute.copy(v.put, v.tPr, v.tPs)
-        ptx.pin_registers(cute.recast_tensor(r.P, Int32))
-        self.issue_pv(mma.pv_rs, r.O, r.P, v.rV_own)  # O_R += P1 V1_R
         cute.arch.fence_view_async_shared()
+        ptx.pin_registers(cute.recast_tensor(r.P, Int32))
         cute.arch.barrier(barrier_id=BAR_P0, number_of_threads=2 * WG)
         self.issue_pv(mma.pv, r.O, v.rP_other, v.rV_other)  # O_R += P0 V0_R
+        self.rescale(r.O, factor[0], factor[1], in_flight=True)
+        self.issue_pv(mma.pv_rs, r.O, r.P, v.rV_own)  # O_R += P1 V1_R
         cute.arch.barrier_arrive(barrier_id=BAR_P1, number_of_threads=2 * WG)
         warpgroup.wait_group(1)
         if c.t == 0:
-            cute.arch.mbarrier_arrive(s.k_empty + K1R)
+            cute.arch.mbarrier_arrive(s.k_empty + K0R)
         warpgroup.wait_group(0)
         if c.t == 0:
-            cute.arch.mbarrier_arrive(s.k_empty + K0R)
+            cute.arch.mbarrier_arrive(s.k_empty + K1R)
         if k.more:
             self.first_scores(1, mma, s, r, v, k.next_phase)
 
     @cute.jit
-    def last0(self, mma: Mmas, s: Shared, r: Registers, v: Views, k: Step, scale_log2: Float32, c: Place):
-        """The odd block at the end of a piece: WG0 alone owns its scores, WG1 only multiplies."""
-        self.even_softmax(s, r, k, scale_log2, c)
-        cute.copy(v.put, v.tPr, v.tPs)
-        cute.arch.fence_view_async_shared()
-        cute.arch.barrier_arrive(barrier_id=BAR_P0, number_of_threads=2 * WG)
-        ptx.pin_registers(cute.recast_tensor(r.P, Int32))
-        self.issue_pv(mma.pv_rs, r.O, r.P, v.rV_own)
-        warpgroup.wait_group(0)
-        if c.t == 0:
-            cute.arch.mbarrier_arrive(s.k_empty + K0L)
-
-    @cute.jit
     def last1(self, mma: Mmas, s: Shared, r: Registers, v: Views, c: Place):
-        """O_R += P0 V0_R for the odd block."""
+        """O_R += P0 V0_R for the block at the end of a piece that has no partner."""
         cute.arch.barrier(barrier_id=BAR_MAX0, number_of_threads=2 * WG)
-        self.rescale(r, s.scale0[c.row], s.scale0[c.row + 8])
+        self.follow(r, s.scale0, c)
         cute.arch.barrier(barrier_id=BAR_P0, number_of_threads=2 * WG)
         self.issue_pv(mma.pv, r.O, v.rP_other, v.rV_other)
         warpgroup.wait_group(0)
