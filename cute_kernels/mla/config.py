@@ -85,7 +85,7 @@ class PlanConfig:
 
 def plan_costs(rows: int) -> tuple[int, int, int, int, int]:
     """Planner, in 1/COST_UNIT blocks: load, merge, merge_piece, combine, combine_piece of cutehop.ref.mla_plan."""
-    return (120, 180, 3, 0, 3) if rows <= 32 else (168, 360, 1, 120, 3)
+    return (168, 240, 3, 0, 3) if rows <= 32 else (168, 360, 1, 120, 3)
 
 
 def max_combines(batch: int, partitions: int, max_blocks: int, split_blocks: int) -> int:

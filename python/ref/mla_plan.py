@@ -73,7 +73,7 @@ class PlanCosts(NamedTuple):
 
 def plan_costs(rows: int) -> PlanCosts:
     """rows: query rows of one request and kv head. Fitted to 387 shapes on an H100 (cute_kernels/mla/README.md)."""
-    return PlanCosts(120, 180, 3, 0, 3) if rows <= 32 else PlanCosts(168, 360, 1, 120, 3)
+    return PlanCosts(168, 240, 3, 0, 3) if rows <= 32 else PlanCosts(168, 360, 1, 120, 3)
 
 
 def _fill(blocks: list[int], credit_per_partition: int, shortest: int, longest: int) -> tuple[list[Record], list[int]]:
