@@ -89,7 +89,7 @@ def test_unknown_pattern_lists_the_variants(capsys):
     assert command.main(["no_such_kernel"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("no variant matches 'no_such_kernel'")
-    assert "mla.decode_kernel DecodeConfig(dtype='bf16', page_size=64, spread=False)" in error
+    assert "mla.decode_kernel DecodeConfig(dtype='bf16', page_size=64, spread=False, few_rows=False)" in error
 
 
 def test_missing_nvdisasm_is_named(monkeypatch):

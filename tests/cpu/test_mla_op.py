@@ -210,7 +210,7 @@ class TestValidate:
 
     def test_several_kv_heads(self):
         """Their number is part of what merging costs."""
-        case = MlaCase(6, 1, 256, 16, h_kv=8)
+        case = MlaCase(4, 1, 256, 16, h_kv=8)
         rows, partitions = case.h_q // case.h_kv, planner.num_partitions(1, case.h_q, case.h_kv, 132)
         lengths = [case.s_k] * case.b
         several = planner.schedule(lengths, partitions, rows, 0, case.h_kv)
