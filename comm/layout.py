@@ -24,6 +24,7 @@ PHASES = (
     "ll_ack",  # low latency: peer has not read what I sent it four operations ago
     "ll_counts",  # peer has not said how much it sends
     "ll_ready",  # peer's data is not there
+    "ll_asks",  # peer has not asked for its tokens' sums; it may have called a half of combine
     "rows",  # no wait: I receive `expected` rows, the output or the memory holds `got`
 )  # what a kernel was waiting for, by the number in the error record
 

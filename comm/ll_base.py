@@ -150,7 +150,7 @@ class LowLatencyBuffer(Living[LlConfig]):
         """Every token's sum of its experts' rows, weighted: bfloat16 (n, H), `out` if it is given.
 
         epoch, use_logfmt: of combine_send.
-        topk_idx: as for dispatch_send, unchanged.  topk_weights: float32 (n, k), contiguous.
+        topk_idx: of the dispatch, unchanged, with as many rows.  topk_weights: float32 (n, k), contiguous.
         out: bfloat16 (n, H), contiguous; None allocates it.
         wait_stats: as for dispatch_receive.
         """
@@ -201,7 +201,11 @@ class LowLatencyBuffer(Living[LlConfig]):
         out: Tensor | None = None,
         wait_stats: Tensor | None = None,
     ) -> Tensor:
-        """combine_send and its combine_receive; on a GPU in one launch, which takes less time than two."""
+        """combine_send and its combine_receive; on a GPU in one launch, which takes less time than two.
+
+        All ranks call this, or all call its two halves.
+        topk_idx: of the dispatch, unchanged, with as many rows.
+        """
         self._ready()
         self._check_combine_send((y, *handle), topk_idx.shape[1])
         self._check_combine_inputs((topk_idx, topk_weights, out, wait_stats))

@@ -102,6 +102,7 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
                 found[function, config.coded][parts] = function(config, stream)
         self._dispatch_kernels = found[kernels.ll_dispatch_kernel, False]
         self._combine_kernels = [found[kernels.ll_combine_kernel, coded] for coded in (False, True)]  # by use_logfmt
+        self._combine_whole = found[kernels.ll_combine_whole_kernel, False].get(BOTH)
         self._mask_kernels = found[kernels.ll_mask_kernel, False]
 
     def _join_nvshmem(self) -> None:
@@ -129,6 +130,14 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         self._receive_args = (local, config.max_tokens, config.max_topk, *records)
         self._send_home_args = (local, config.max_tokens, config.max_topk, *data)
         self._receive_home_args = (config.num_experts, local, config.max_topk, *data)
+        if self._combine_whole is not None:
+            sums = self._memory.local[at.sums.offset : at.sums.offset + config.sums_bytes]
+            sums.view(torch.float32).fill_(-0.0)  # the kernel's mark of what has not come
+            torch.cuda.current_stream(self.device).synchronize()  # calls may come on another stream
+            self._whole_args = (
+                config.num_experts, local, config.max_tokens, config.max_topk, at.counts.item_bytes,
+                config.asks_bytes, at.asks.offset, at.sums.offset,
+            )  # fmt: skip
         self._coding = (math.gcd(config.hidden, LOGFMT_CHUNK), config.limits_bytes)
         self._limits_offset = config.max_tokens * config.max_topk * config.row_bytes
         self._record_bytes = config.record_bytes
@@ -220,7 +229,8 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         values = (
             epoch.data_ptr(), num_topk, row_bytes, scale_words, warps, out.recv_x.data_ptr(), address(out.recv_scales),
             out.recv_count.data_ptr(), handle.layout_range.data_ptr(), handle.src_info.data_ptr(),
-            handle.send_slot.data_ptr(), address(recv_stats), address(wait_stats), *self._receive_args,
+            handle.send_slot.data_ptr(), handle.choice_rows.data_ptr(), address(recv_stats), address(wait_stats),
+            *self._receive_args,
         )  # fmt: skip
         return ctas, warps * sizes.ll_row_bytes(row_bytes, scale_words), values
 
@@ -262,10 +272,36 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         wait_stats: Tensor | None,
     ) -> None:
         y = aligned(y)
+        if self._combine_whole is not None and not use_logfmt:
+            self._launch_whole(self._combine_whole, y, handle, topk_idx, topk_weights, out, wait_stats)
+            return
         epoch = allocator(y)((1,), (1,), torch.int32)
         ctas, sending = self._sending_home(y, handle, topk_idx.shape[1], use_logfmt, epoch)
         more, receiving = self._receiving_home(epoch, topk_idx, topk_weights, out, wait_stats)
         self._launch(self._combine_kernels[use_logfmt][BOTH], max(ctas, more), sending + receiving)
+
+    def _launch_whole(
+        self,
+        kernel: Kernel,
+        y: Tensor,
+        handle: LlHandle,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        out: Tensor,
+        wait_stats: Tensor | None,
+    ) -> None:
+        self._require_aligned("ep_ll_combine", out)
+        values = (
+            y.data_ptr(), handle.choice_rows.data_ptr(), topk_idx.data_ptr(), topk_idx.itemsize,
+            topk_weights.data_ptr(), *topk_idx.shape, self.config.hidden, out.data_ptr(), address(wait_stats),
+            *self._whole_args,
+        )  # fmt: skip
+        self._launch(kernel, self._combining_ctas(topk_idx), values)
+
+    def _combining_ctas(self, topk_idx: Tensor) -> int:
+        """CTAs that add up my tokens."""
+        items = topk_idx.shape[0] * -(-self.config.hidden // 256)
+        return max(1, min(self.num_sms, -(-items // sizes.REDUCE_WARPS)))
 
     def _sending_home(
         self, y: Tensor, handle: LlHandle, num_topk: int, use_logfmt: bool, epoch: Tensor
@@ -291,8 +327,7 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
             self.config.hidden, *self._coding, self._limits_offset, out.data_ptr(), address(wait_stats),
             *self._receive_home_args,
         )  # fmt: skip
-        items = topk_idx.shape[0] * -(-self.config.hidden // 256)
-        return max(1, min(self.num_sms, -(-items // sizes.REDUCE_WARPS))), values
+        return self._combining_ctas(topk_idx), values
 
     def _mask(self) -> Tensor:
         """int32 (R,) view of the mask, which kernels read and write."""

@@ -83,6 +83,7 @@ def check_combine_send(
     layout_range: Tensor,
     recv_count: Tensor,
     send_slot: Tensor,
+    choice_rows: Tensor,
     num_topk: int,
 ) -> None:
     op = "ep_ll_combine_send"
@@ -95,6 +96,7 @@ def check_combine_send(
         ("layout_range", layout_range, INT64, (rows[0], config.ranks)),
         ("recv_count", recv_count, INT32, rows[:1]),
         ("send_slot", send_slot, INT32, rows),
+        ("choice_rows", choice_rows, INT32, (config.rows, config.max_topk)),
     ):
         _typed(op, name, tensor, (dtype,))
         _check_shape(op, name, tensor, shape, HANDLE_CURE)

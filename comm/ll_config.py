@@ -111,6 +111,16 @@ class LlConfig:
         return round_up(2 * self.ranks * min(FEW_TOKENS, self.max_tokens) * self.record_bytes, ROW_ALIGN)
 
     @property
+    def asks_bytes(self) -> int:
+        """What all ranks ask in one combine: weight and expert of each choice of each token, each with its epoch."""
+        return round_up(16 * self.rows * self.max_topk, ROW_ALIGN)
+
+    @property
+    def sums_bytes(self) -> int:
+        """A place for a row of each choice of each of my tokens; a sum of several takes two."""
+        return self.max_tokens * self.max_topk * self.row_bytes
+
+    @property
     def counts_bytes(self) -> int:
         """Count words of one source: records, then rows of each expert."""
         return round_up(8 * (1 + self.experts_per_rank), LINE)
@@ -132,7 +142,8 @@ class LlConfig:
 class LlLayout:
     """Regions of one rank under `config`, as layout.EpLayout has them for the normal mode.
 
-    remote: with an outbox, which peers that NVSHMEM reaches need, last in the heap.
+    remote: with an outbox, which peers that NVSHMEM reaches need, last in the heap. Without, and if the config is not
+        elastic, there are asks and sums, for combine in one launch.
     regions: heap before host, by ascending offset. control_bytes: flags and counters, zero before the first call.
     """
 
@@ -157,6 +168,9 @@ class LlLayout:
         self.control_bytes = heap.end
         self.data = heap.rows("data", SLOTS, config.slot_bytes, "peers push records or rows; I read")
         self.words = heap.rows("words", SLOTS, config.words_bytes, "records of few tokens: {word, epoch}; I poll")
+        if not (config.elastic or remote):
+            self.asks = heap.rows("asks", SLOTS, config.asks_bytes, "peer s asks for its tokens' sums; I poll")
+            self.sums = heap.rows("sums", 1, config.sums_bytes, "peers write sums that I asked for; I poll, write -0.0")
         if remote:
             self.outbox = heap.rows("outbox", SLOTS, config.outbox_bytes, "mine alone: NVSHMEM's puts read it")
         self.error = host.lines(

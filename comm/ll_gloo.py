@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo
 
 from cutehop.cute_kernels.errors import check
-from cutehop.ref.ep_ll import has_repeated_choice, is_choice, logfmt_decode, logfmt_encode, quantize, weighted_sum
+from cutehop.ref.ep_ll import (
+    has_repeated_choice,
+    home_ranks,
+    is_choice,
+    logfmt_decode,
+    logfmt_encode,
+    quantize,
+    weighted_sum,
+)
 
 from .base import DEFAULT_TIMEOUT_S
 from .errors import EpTimeoutError
@@ -113,7 +121,7 @@ class GlooLowLatencyBuffer(LowLatencyBuffer):
         rows, scales = quantize(x, round_scale, use_ue8m0) if use_fp8 else (x, None)
         ids = topk_idx.masked_fill(~is_choice(topk_idx, self.config.num_experts), -1).int()
         token = torch.arange(len(x), dtype=torch.int32)[:, None]
-        home = ids.div(self.config.experts_per_rank, rounding_mode="floor")  # -1 stays negative
+        home = home_ranks(topk_idx, self.config.num_experts, self.config.experts_per_rank)
         tokens = [(home == peer).any(1).nonzero()[:, 0] for peer in range(self.ranks)]
         messages = [_pack([rows, scales, ids, token], chosen) for chosen in tokens]
         terms = Terms("dispatch", topk_idx.shape[1], rows.dtype, None if scales is None else scales.dtype)
@@ -133,6 +141,7 @@ class GlooLowLatencyBuffer(LowLatencyBuffer):
         terms = Terms("dispatch", num_topk, out.recv_x.dtype, None if scales is None else scales.dtype)
         messages = self._receive(epoch, terms, wait_stats)
         out.recv_count.zero_()
+        out.handle.choice_rows.fill_(-1)
         for source, message in enumerate(messages):
             out.handle.layout_range[:, source] = out.recv_count.long() << 32
             if message is not None:
@@ -153,7 +162,9 @@ class GlooLowLatencyBuffer(LowLatencyBuffer):
                 out.recv_scales[expert, here] = message.scales[row]
             token = message.place[row, 0]
             handle.src_info[expert, here] = token
-            handle.send_slot[expert, here] = ((source * c.max_tokens + token) * c.max_topk + choice).int()
+            origin = source * c.max_tokens + token
+            handle.send_slot[expert, here] = (origin * c.max_topk + choice).int()
+            handle.choice_rows[origin, choice] = expert * c.rows + torch.arange(begin, here.stop, dtype=torch.int32)
             handle.layout_range[expert, source] += len(row)
             out.recv_count[expert] += len(row)
 
@@ -186,14 +197,14 @@ class GlooLowLatencyBuffer(LowLatencyBuffer):
         c = self.config
         terms = Terms("combine", topk_idx.shape[1], torch.float32 if use_logfmt else torch.bfloat16)
         messages = self._receive(epoch, terms, wait_stats)
-        home = torch.zeros((c.max_tokens * c.max_topk, c.hidden))
-        valid = is_choice(topk_idx, c.num_experts)
+        rows = torch.zeros((c.max_tokens * c.max_topk, c.hidden))
+        home = home_ranks(topk_idx, c.num_experts, c.experts_per_rank)
         for peer, message in enumerate(messages):
             if message is None:
-                valid &= topk_idx // c.experts_per_rank != peer
+                home[home == peer] = -1
             else:
-                home[message.place[:, 0]] = message.rows.float()
-        out.copy_(weighted_sum(home.view(c.max_tokens, c.max_topk, c.hidden), topk_weights, valid))
+                rows[message.place[:, 0]] = message.rows.float()
+        out.copy_(weighted_sum(rows.view(c.max_tokens, c.max_topk, c.hidden), topk_weights, home))
 
     def _update_mask(self, rank: int, masked: bool) -> None:
         if masked:

@@ -22,13 +22,18 @@ class LlHandle(NamedTuple):
     layout_range: int64 (L, R), low 32 bits: rows that the expert received from the rank, high 32 bits: the first one.
     recv_count: int32 (L,), rows that the expert received.
     send_slot: int32 (L, R * T), where each row goes: source * T * max_topk + token * max_topk + choice.
-    src_info and send_slot are undefined past the received rows.
+    choice_rows: int32 (R * T, max_topk), row s * T + t is of token t of rank s: at j the row of its choice j among all
+        rows of this rank's experts, local expert * R * T + row of the expert; -1 for a choice that is none of this
+        rank's experts, or whose row did not fit since a token chose an expert twice, and for j >= k.
+    src_info and send_slot are undefined past the received rows, choice_rows, on GPUs, for tokens without a choice on
+    this rank.
     """
 
     src_info: Tensor
     layout_range: Tensor
     recv_count: Tensor
     send_slot: Tensor
+    choice_rows: Tensor
 
 
 class LlDispatched(NamedTuple):
@@ -68,6 +73,7 @@ def empty_dispatched(config: LlConfig, like: Tensor, use_fp8: bool, use_ue8m0: b
             allocate((experts, config.ranks), (config.ranks, 1), torch.int64),
             count,
             allocate((experts, rows), (rows, 1), torch.int32),
+            allocate((rows, config.max_topk), (config.max_topk, 1), torch.int32),
         ),
     )
 

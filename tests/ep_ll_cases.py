@@ -190,6 +190,9 @@ def check_received(inputs: LlInputs, rank: int, got: LlDispatched) -> None:
         for mine, reference in pairs:
             assert mine.shape[:2] == block
             assert same_bits(_dense(mine[expert, :count]), _dense(reference[expert, :count]))
+    has_choice = (want.handle.choice_rows >= 0).any(1)
+    assert same_bits(got.handle.choice_rows.cpu()[has_choice], want.handle.choice_rows[has_choice])
+    assert got.handle.choice_rows.shape == want.handle.choice_rows.shape
 
 
 def send(buffer: LowLatencyBuffer, inputs: LlInputs) -> Tensor:

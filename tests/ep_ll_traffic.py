@@ -129,6 +129,12 @@ class LlTraffic:
         differences = [((mine[:, :most] != theirs) & real[..., None]).any() for mine, theirs in pairs]
         differences.append((got.recv_count != want.count).any())
         differences.append((got.handle.layout_range != (first << 32 | of_source)).any())
+        origin = torch.where(real, source * c.max_tokens + token, c.rows)  # what is not real goes to one more row
+        choice_rows = torch.full((c.rows + 1, c.max_topk), -1, device=self.device)
+        row = torch.arange(c.experts_per_rank * c.rows, device=self.device).view(-1, c.rows)
+        choice_rows[origin, want.choice] = row[:, :most]
+        choice_rows = choice_rows[: c.rows]
+        differences.append(((got.handle.choice_rows != choice_rows) & (choice_rows >= 0).any(1, keepdim=True)).any())
         return torch.stack(differences).any()
 
     def outputs(self, rank: int, got: LlDispatched) -> Tensor:
@@ -145,15 +151,18 @@ class LlTraffic:
     def combined(self, rank: int, use_logfmt: bool = False) -> Tensor:
         own = slice(0, self.sizes.tokens[rank])
         x, expert, weights = self.x[rank, own], self.expert[rank, own], self.weights[rank, own]
+        home = expert // self.config.experts_per_rank  # of none -1
         total = torch.zeros(x.shape, device=self.device)
-        for j in range(expert.shape[1]):
-            home = expert[:, j].clamp(min=0) // self.config.experts_per_rank
-            row = x * self.factor[home][:, None]
+        for peer in range(self.ranks):
+            row = x * self.factor[peer]
             values = row.float()
             if use_logfmt:  # on the CPU, where the reference's results do not depend on a GPU
                 host = row.cpu()
                 values = logfmt_decode(*logfmt_encode(host), host).to(self.device)
-            total = torch.where(expert[:, j, None] >= 0, total + weights[:, j, None] * values, total)
+            part = torch.zeros_like(total)
+            for j in range(expert.shape[1]):
+                part = torch.where(home[:, j, None] == peer, part + weights[:, j, None] * values, part)
+            total = total + part
         return total.bfloat16()
 
 

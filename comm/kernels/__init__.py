@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ...cute_kernels.jit import Compiled, Program, compiled
 from . import nvshmem_library
-from .config import MASK, PARTS, OneVariant, Parts, RemoteParts
+from .config import BOTH, MASK, PARTS, OneVariant, Parts, RemoteParts
 
 
 @compiled
@@ -67,6 +67,13 @@ def ll_combine_kernel(config: Parts) -> Program:
 
 
 @compiled
+def ll_combine_whole_kernel(config: Parts) -> Program:
+    from .ll_combine_whole import program
+
+    return program(config)
+
+
+@compiled
 def ll_mask_kernel(config: Parts) -> Program:
     from .ll_mask import program
 
@@ -79,11 +86,14 @@ def ll_variants(elastic: bool = False, remote: bool = False) -> Iterator[tuple[C
     remote: they reach peers through NVSHMEM. RuntimeError if it is not installed.
     """
     which = nvshmem_library.version() if remote else ""
+    plain = not (elastic or remote)
     families = ((ll_dispatch_kernel, False), (ll_combine_kernel, False), (ll_combine_kernel, True))
     wanted = [(function, parts, coded) for function, coded in families for parts in PARTS]
     if elastic:
         wanted.append((ll_mask_kernel, MASK, False))
     for function, parts, coded in wanted:
+        if plain and function is ll_combine_kernel and parts == BOTH and not coded:
+            function = ll_combine_whole_kernel
         made = (parts.sends, parts.receives, elastic, coded)
         yield function, RemoteParts(*made, which) if remote else Parts(*made), parts
 

@@ -17,6 +17,7 @@ from ..ll_config import GROUP
 from .config import RINGS, SEND_RING_BYTES
 from .ll_logfmt import CODED_BYTES, applies, decode, encode, ld_pair, ld_u16, limits_of, st_shared_u16
 from .ll_remote import put
+from .ll_sums import add_row
 from .ll_verbs import has_home, outbox_of, slot_of
 from .verbs import Group
 
@@ -160,12 +161,3 @@ class CodedReceiver:
                 acc[i] = ptx.add_product(acc[i], weight, values[i])
         else:
             add_row(acc, weight, words)
-
-
-@cute.jit
-def add_row(acc: cute.Tensor, weight: Float32, words):
-    """acc += weight * values of 8 columns, bf16."""
-    for i in cutlass.range_constexpr(4):
-        low, high = (words[i] << 16).bitcast(Float32), (words[i] & -0x10000).bitcast(Float32)
-        acc[2 * i] = ptx.add_product(acc[2 * i], weight, low)
-        acc[2 * i + 1] = ptx.add_product(acc[2 * i + 1], weight, high)

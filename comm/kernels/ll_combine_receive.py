@@ -1,6 +1,7 @@
 """Low-latency combine, home side: weighted sum of the rows that the experts' ranks have pushed into my memory.
 
-    out[t] = sum over choices j ascending of w[t, j] * row {t, j}      f32, product and sum each rounded, then to bf16
+    sum[r] = sum over choices j on rank r ascending of w[t, j] * row {t, j}      f32, product and sum each rounded
+    out[t] = sum over ranks r ascending of sum[r]                                then to bf16
 
 A warp takes 256 columns of a token, 8 per lane, four rows in flight: one token keeps many
 warps busy. The last CTA to be done acknowledges to all peers.
@@ -14,8 +15,10 @@ from cutlass import BFloat16, Boolean, Float32, Int32, Int64, const_expr
 
 from ...cute_kernels.sm90 import ptx
 from ...cute_kernels.sm90.address import ld_f32, ld_id, ld_vector
+from ..config import MAX_RANKS
 from .config import REDUCE_WARPS
-from .ll_combine_coded import CodedReceiver, add_row
+from .ll_combine_coded import CodedReceiver
+from .ll_sums import COLUMNS, add_row, end_rank, lowest_bit, place_in_order
 from .ll_verbs import (
     ACK,
     RECEIVE_LIVE,
@@ -90,15 +93,19 @@ class CombineReceiver(CodedReceiver):
     @cute.jit
     def reduce(self, g: Group, a: LlCombineReceiveArgs, sm, memory: Int64, token: Int32, column: Int32, lane: Int32):
         """8 columns of a token. A choice that is none, or on a rank that is left out, has the row -1."""
-        acc = cute.make_rmem_tensor(8, Float32)
+        total, acc = (cute.make_rmem_tensor(COLUMNS, Float32) for _ in range(2))
+        total.fill(0.0)
         acc.fill(0.0)
-        row, weight = Int32(-1), Float32(0.0)  # lane j: choice j
+        rank, row, weight = Int32(MAX_RANKS), Int32(-1), Float32(0.0)  # lane j: choice j
         if lane < a.topk:
-            row, weight = self.choice(g, a, sm, token, lane)
+            rank, row, weight = self.choice(g, a, sm, token, lane)
+        place, adding = place_in_order(rank, a.topk), Int32(0)  # the rank whose rows are being added
         for first in cutlass.range(0, a.topk, BATCH, unroll=1):
-            loaded, rows, weights, limits = [], [], [], []
+            loaded, ranks, rows, weights, limits = [], [], [], [], []
             for u in cutlass.range_constexpr(BATCH):
-                at = first + u if first + u < a.topk else Int32(31)  # lane 31 has none: topk is 16 at most
+                at = lowest_bit(cute.arch.vote_ballot_sync((place == first + u) & (lane < a.topk)))
+                at = at if at < 32 else Int32(31)  # lane 31 has none: topk is 16 at most
+                ranks.append(cute.arch.shuffle_sync(rank, at))
                 rows.append(cute.arch.shuffle_sync(row, at))
                 weights.append(cute.arch.shuffle_sync(weight, at))
                 words, limit = (Int32(0), Int32(0), Int32(0), Int32(0)), Int32(0)
@@ -110,24 +117,29 @@ class CombineReceiver(CodedReceiver):
                 loaded.append(words)
                 limits.append(limit)
             for u in cutlass.range_constexpr(BATCH):
+                if ranks[u] != adding:
+                    end_rank(total, acc)
+                    adding = ranks[u]
                 if rows[u] >= 0:
                     if const_expr(self.coded):
                         self.add_coded(acc, weights[u], limits[u], loaded[u])
                     else:
                         add_row(acc, weights[u], loaded[u])
-        packed = cute.make_rmem_tensor(8, BFloat16)
-        packed.store(acc.load().to(BFloat16))
+        end_rank(total, acc)
+        packed = cute.make_rmem_tensor(COLUMNS, BFloat16)
+        packed.store(total.load().to(BFloat16))
         words = cute.recast_tensor(packed, Int32)
         if column < a.hidden:
             ptx.st_global(a.out + (Int64(token) * a.hidden + column) * 2, *(words[i] for i in range(4)))
 
     @cute.jit
     def choice(self, g: Group, a: LlCombineReceiveArgs, sm, token: Int32, choice: Int32):
-        """Where the row of a choice lies, and its weight."""
+        """The rank of a choice, where its row lies, and its weight."""
         i = token * a.topk + choice
         expert = ld_id(a.topk_idx, i, a.topk_idx_bytes)
-        row = Int32(-1)
+        rank, row = Int32(MAX_RANKS), Int32(-1)
         if (expert >= 0) & (expert < a.experts):
-            if is_live(g, sm.flag.data_ptr(), RECEIVE_LIVE, expert // a.experts_per_rank):
+            rank = expert // a.experts_per_rank
+            if is_live(g, sm.flag.data_ptr(), RECEIVE_LIVE, rank):
                 row = token * a.max_topk + choice
-        return row, ld_f32(a.topk_weights + Int64(i) * 4)
+        return rank, row, ld_f32(a.topk_weights + Int64(i) * 4)

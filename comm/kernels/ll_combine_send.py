@@ -27,7 +27,7 @@ from .ll_verbs import (
     slot_of,
     start_next_kernel,
 )
-from .ll_waits import note_receivers, wait_ack
+from .ll_waits import note_receivers, peek_acks, wait_ack
 from .ring import EMPTY, drain, make_ring, move_row
 from .verbs import Group, copy_vectors, may_proceed
 
@@ -66,6 +66,7 @@ class CombineSender(CodedSender):
         tid, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
+        acks = peek_acks(g, tid - 32)
         epoch, base = next_epoch(g), base_of(g, tid)
         if tid < g.ranks:
             sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[tid] = base
@@ -79,7 +80,7 @@ class CombineSender(CodedSender):
             self.add_counts(g, a, sm, lane)
         elif warp == 1:
             if lane < g.ranks:
-                reached = wait_ack(g, epoch, lane)
+                reached = wait_ack(g, epoch, lane, acks)
             note_receivers(g, sm.flag.data_ptr(), reached)
         go = may_proceed(g, reached)
         if const_expr(not self.receives):

@@ -57,6 +57,7 @@ class LlDispatchReceiveArgs:
     layout_range: Int64  # out, int64 (experts_per_rank, ranks): {first row, rows}
     src_info: Int64  # out, int32 (experts_per_rank, rows)
     send_slot: Int64  # out, int32 (experts_per_rank, rows)
+    choice_rows: Int64  # out, int32 (rows, max_topk)
     recv_stats: Int64  # int32 (experts_per_rank,), added to
     wait_stats: Int64  # int64 (ranks,), ns waited for each source, added to
     experts_per_rank: Int32
@@ -219,6 +220,7 @@ class DispatchReceiver:
                 row = self.row_of(g, a, sm, source, ld_i32(choice), ld_i32(choice + 4))
             cute.arch.mbarrier_wait(full, phase)
             phase ^= 1
+            self.note_rows(a, row, source, token, lane)
             if row >= 0:
                 prims.cp_async_bulk_global_shared_cta(
                     cute.make_ptr(Uint8, a.x + Int64(row) * a.row_bytes, GMEM, assumed_align=16), place, a.row_bytes
@@ -283,8 +285,10 @@ class DispatchReceiver:
             row = Int32(-1)
             if (lane < a.topk) & here & there:
                 row = self.row_of(g, a, sm, source, expert, number)
-            if (row >= 0) & (piece == 0):
-                self.note_source(a, row, source, token, lane)
+            if here & (piece == 0):
+                self.note_rows(a, row, source, token, lane)
+                if row >= 0:
+                    self.note_source(a, row, source, token, lane)
             self.store_piece(g, a, row, piece >= of_columns, at, size, (one, other, third, last))
         return came
 
@@ -308,6 +312,13 @@ class DispatchReceiver:
         """Where a row comes from, and where it goes."""
         st_i32(a.src_info + Int64(row) * 4, token)
         st_i32(a.send_slot + Int64(row) * 4, (source * a.max_tokens + token) * a.max_topk + choice)
+
+    @cute.jit
+    def note_rows(self, a: LlDispatchReceiveArgs, row: Int32, source: Int32, token: Int32, choice: Int32):
+        """Where the rows of a token's choices are, a lane each; -1: not here."""
+        if choice < a.max_topk:
+            place = Int64(source * a.max_tokens + token) * a.max_topk + choice
+            st_i32(a.choice_rows + place * 4, row)
 
     @cute.jit
     def row_of(self, g: Group, a: LlDispatchReceiveArgs, sm, source: Int32, expert: Int32, number: Int32):

@@ -40,7 +40,7 @@ from .ll_verbs import (
     slot_of,
     start_next_kernel,
 )
-from .ll_waits import note_receivers, wait_ack
+from .ll_waits import note_receivers, peek_acks, wait_ack
 from .ll_words import store_words, uses_words
 from .verbs import GMEM, Group, may_proceed, peer_base, send_count
 
@@ -88,12 +88,13 @@ class DispatchSender:
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
+        acks = peek_acks(g, tid - TOKEN_THREADS)
         epoch, base = next_epoch(g), base_of(g, tid)
         if (cta == 0) & (tid == 0):
             st_i32(a.epoch, epoch)
         go = Boolean(True)
         if (warp >= TOKEN_WARPS) & (warp < TOKEN_WARPS + INDEX_WARPS):
-            go = self.index_begin(g, a, sm, epoch, tid - TOKEN_THREADS)
+            go = self.index_begin(g, a, sm, epoch, tid - TOKEN_THREADS, acks)
         # Packing touches no peer, so it does not wait for them; the barrier before the first push does.
         rounds = (a.tokens + ctas * a.teams - 1) // (ctas * a.teams)
         for r in cutlass.range(rounds if rounds > 0 else 1, unroll=1):
@@ -126,13 +127,13 @@ class DispatchSender:
         return epoch, late
 
     @cute.jit
-    def index_begin(self, g: Group, a: LlDispatchSendArgs, sm, epoch: Int32, thread: Int32):
+    def index_begin(self, g: Group, a: LlDispatchSendArgs, sm, epoch: Int32, thread: Int32, acks):
         """What the index warps do before the first round. False if a peer's acknowledgement did not come."""
         self.load_ids(a, sm, thread)
         reached = Boolean(True)
         if thread < g.ranks:
             sm.bases.get_tensor(cute.make_layout(MAX_RANKS))[thread] = peer_base(g, thread)
-            reached = wait_ack(g, epoch, thread)
+            reached = wait_ack(g, epoch, thread, acks)
         if const_expr(g.elastic):
             if thread < 32:
                 note_receivers(g, sm.flag.data_ptr(), reached)

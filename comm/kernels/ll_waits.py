@@ -6,6 +6,7 @@ last CTA sends no `ready` to a rank that any of them has masked, and without it 
 To receive, the first CTA that knows decides by compare-and-swap, and all take its verdict.
 """
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64, const_expr
 
@@ -19,14 +20,30 @@ GRACE_NS = 10_000_000  # for a peer that has begun to write before it could see 
 
 
 @cute.jit
-def wait_ack(g: Group, epoch, peer):
-    """Wait until a peer has read what I sent into this slot; False: the rank has given up, or the peer is left out."""
+def peek_acks(g: Group, peer):
+    """A peer's acks of all slots, read before the epoch is known: nearly always the one in question stands already."""
+    seen = tuple(Int32(0) for _ in range(SLOTS))
+    if const_expr(not g.elastic):
+        if (peer >= 0) & (peer < g.ranks):
+            seen = tuple(ld_relaxed(g.own + line(ACK, slot, peer)) for slot in range(SLOTS))
+    return seen
+
+
+@cute.jit
+def wait_ack(g: Group, epoch, peer, seen):
+    """Wait until a peer has read what I sent into this slot; False: the rank has given up, or the peer is left out.
+    seen: of peek_acks."""
     flag = g.own + line(ACK, epoch, peer)
     reached = Boolean(False)
     if const_expr(g.elastic):
         reached = poll_or_leave_out(g, flag, epoch - SLOTS, peer)
     else:
-        reached = wait_flag(g, flag, epoch - SLOTS, peer, PHASE["ll_ack"])
+        ack = seen[0]
+        for slot in cutlass.range_constexpr(1, SLOTS):
+            ack = seen[slot] if slot_of(epoch) == slot else ack
+        reached = ack - (epoch - SLOTS) >= 0
+        if not reached:
+            reached = wait_flag(g, flag, epoch - SLOTS, peer, PHASE["ll_ack"])
     return reached
 
 
@@ -45,14 +62,17 @@ def wait_data(g: Group, epoch, source):
     return reached
 
 
+def ld_relaxed(address):
+    return cute.arch.load(cute.make_ptr(Int32, address, GMEM, assumed_align=4), Int32, sem="relaxed", scope="sys")
+
+
 def ld_flag(address):
     return cute.arch.load(cute.make_ptr(Int32, address, GMEM, assumed_align=4), Int32, sem="acquire", scope="sys")
 
 
 def is_told(g: Group, peer):
     """Whether a peer has left me out."""
-    told = cute.make_ptr(Int32, g.own + TOLD + Int64(peer) * LINE, GMEM, assumed_align=4)
-    return cute.arch.load(told, Int32, sem="relaxed", scope="sys") != 0
+    return ld_relaxed(g.own + TOLD + Int64(peer) * LINE) != 0
 
 
 @cute.jit

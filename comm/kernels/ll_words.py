@@ -1,4 +1,4 @@
-"""Words that carry their epoch: what few tokens are dispatched as in the low-latency mode.
+"""Words that carry their epoch: what few tokens are dispatched as in the low-latency mode, and the asking of combine.
 
 A word of data lies beside the epoch in 64 bits, which are written and seen as a whole. Who sees the epoch has the word,
 so nothing has to be ordered: no fence, no flag behind the data, no trip to know that it has arrived. It takes twice the
@@ -39,7 +39,7 @@ def load_words(address):
 
 
 @cute.jit
-def wait_words(g: Group, address, found, epoch, source):
+def wait_words(g: Group, address, found, epoch, source, phase: int = PHASE["ll_ready"]):
     """The words of a vector, loaded again until both are of `epoch`, and whether they are. found: of load_words."""
     a, a_epoch, b, b_epoch = found
     came = (a_epoch == epoch) & (b_epoch == epoch)
@@ -51,5 +51,5 @@ def wait_words(g: Group, address, found, epoch, source):
             waited = cute.arch.globaltimer() - start
             if (not came) & (waited > g.timeout_ns):
                 stop = Boolean(True)
-                report(g, source, PHASE["ll_ready"], epoch, a_epoch, waited)
+                report(g, source, phase, epoch, a_epoch, waited)
     return a, b, came

@@ -18,7 +18,7 @@ from cutehop.cute_kernels.errors import check
 from ._deep_ep_capacity import Asked
 from ._deep_ep_events import CommStream, EventOverlap
 
-HANDLE_PARTS = 7  # V1's five, then what combine needs here
+HANDLE_PARTS = 8  # V1's five, then what combine needs here
 
 
 class Hook:
@@ -93,7 +93,8 @@ class LowLatency:
 
         Returns (recv_x bfloat16 (L, R * T, H), or a pair with the scales, (L, R * T, H / 128 or ceil(H / 512)), tokens
         contiguous; recv_count int32 (L,); handle; event; hook or None).
-        handle: (src_info, layout_range, T, H, E) of V1, then recv_count and where each row goes home.
+        handle: (src_info, layout_range, T, H, E) of V1, then recv_count, where each row goes home, and where the row of
+            each choice is.
 
         As in V1, RuntimeError without low_latency_mode, for use_ue8m0 without round_scale, and for async_finish with
         return_recv_hook. ValueError, TypeError for tensors that do not fit; RuntimeError for a fourth operation
@@ -138,7 +139,7 @@ class LowLatency:
         )
         way = out.handle
         sizes = (num_max_dispatch_tokens_per_rank, hidden, num_experts)
-        handle = (way.src_info, way.layout_range, *sizes, way.recv_count, way.send_slot)
+        handle = (way.src_info, way.layout_range, *sizes, way.recv_count, way.send_slot, way.choice_rows)
         recv_x = out.recv_x if out.recv_scales is None else (out.recv_x, out.recv_scales)
         return recv_x, out.recv_count, handle, event, hook
 
@@ -156,15 +157,16 @@ class LowLatency:
         out: Tensor | None = None,
         combine_wait_recv_cost_stats: Tensor | None = None,
     ) -> tuple[Tensor, EventOverlap, Hook | None]:
-        """Add up the experts' rows of every token, weighted, in the order of its choices.
+        """Add up the experts' rows of every token, weighted: rank by rank, on a rank in the order of its choices.
 
         x: bfloat16 (L, R * T, H), contiguous, in the order of the received rows; read in place, never copied first.
-        topk_idx: of the dispatch.  topk_weights: float32 (n, k).  handle: of the dispatch.
+        topk_idx: of the dispatch, unchanged, with as many rows.  topk_weights: float32 (n, k).
+        handle: of the dispatch.
         use_logfmt: rows travel in 10 bits per value where that is possible.
         zero_copy: the rows are in the tensor of the last get_next_low_latency_combine_buffer and x is not read.
         out: bfloat16 (n, H), contiguous, for the result.
         combine_wait_recv_cost_stats: int64 (R,), as dispatch_wait_recv_cost_stats.
-        async_finish, return_recv_hook: as for low_latency_dispatch.
+        async_finish, return_recv_hook: as for low_latency_dispatch; return_recv_hook is the same on all ranks.
 
         Returns (combined_x bfloat16 (n, H), event, hook or None).
 
@@ -176,7 +178,7 @@ class LowLatency:
             "low_latency_combine: zero_copy with use_logfmt, which encodes a copy; choose one",
             RuntimeError,
         )
-        src_info, layout_range, tokens, hidden, num_experts, recv_count, send_slot = _checked(handle)
+        src_info, layout_range, tokens, hidden, num_experts, *places = _checked(handle)
         core = self._ll_core("low_latency_combine", tokens, hidden, num_experts, topk_idx.shape[-1])
         rows = x
         if zero_copy:
@@ -186,7 +188,7 @@ class LowLatency:
                     "get_next_low_latency_combine_buffer(handle) returns, before each such call"
                 )
             rows, self._ll_next_x = self._ll_next_x, None
-        way = LlHandle(src_info, layout_range, recv_count, send_slot)
+        way = LlHandle(src_info, layout_range, *places)
         combined, event, hook = self._ll_call(
             "low_latency_combine",
             lambda: core.combine(

@@ -274,9 +274,9 @@ class ExpertParallelMoE(nn.Module):
                 "ExpertParallelMoE: low_latency=True without a low-latency buffer; pass low_latency_buffer="
             )
         epoch = _ops.ep_ll_dispatch_send(x, topk_idx, buffer, fp8)
-        rows, scales, counts, src_info, layout_range, send_slot = _ops.ep_ll_dispatch_recv(epoch, buffer, k, fp8)
+        rows, scales, counts, src_info, layout_range, *places = _ops.ep_ll_dispatch_recv(epoch, buffer, k, fp8)
         y = self.experts(rows, scales if fp8 else None, counts, self._expected_rows(topk_idx))
-        epoch = _ops.ep_ll_combine_send(y, src_info, layout_range, counts, send_slot, buffer, k)
+        epoch = _ops.ep_ll_combine_send(y, src_info, layout_range, counts, *places, buffer, k)
         return _ops.ep_ll_combine_recv(epoch, topk_idx, topk_weights, buffer)
 
     def _local(

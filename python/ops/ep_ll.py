@@ -14,18 +14,21 @@ ep_ll_dispatch_send(x, topk_idx, buffer, use_fp8=True, round_scale=False, use_ue
     Returns int32 (1,), which names the operation for its receive.
 
 ep_ll_dispatch_recv(epoch, buffer, num_topk, use_fp8=True, use_ue8m0=False)
-        -> (recv_x, recv_scales, recv_count, src_info, layout_range, send_slot)
+        -> (recv_x, recv_scales, recv_count, src_info, layout_range, send_slot, choice_rows)
     num_topk                 k.  use_fp8, use_ue8m0: of the send.
     Returns bfloat16 or e4m3 (L, R * T, H); float32 (L, R * T, H / 128), int32 (L, R * T, ceil(H / 512)) of packed
     scales, or, with bfloat16, (0,); int32 (L,) received rows of each expert; and with recv_count the handle: int32
-    (L, R * T), int64 (L, R), int32 (L, R * T). Rows past the received ones are undefined.
+    (L, R * T), int64 (L, R), int32 (L, R * T), int32 (R * T, max_topk) (cutehop.comm.ll_outputs.LlHandle). Rows past
+    the received ones are undefined.
 
-ep_ll_combine_send(y, src_info, layout_range, recv_count, send_slot, buffer, num_topk, use_logfmt=False) -> epoch
+ep_ll_combine_send(y, src_info, layout_range, recv_count, send_slot, choice_rows, buffer, num_topk, use_logfmt=False)
+        -> epoch
     y                        bfloat16 (L, R * T, H), contiguous, in the order of the received rows.
     use_logfmt               rows travel in 10 bits per value, where that is possible.
 
 ep_ll_combine_recv(epoch, topk_idx, topk_weights, buffer, use_logfmt=False) -> combined_x
-    topk_idx                 of the dispatch.  topk_weights: float32 (n, k), contiguous.  use_logfmt: of the send.
+    topk_idx                 of the dispatch, unchanged, with as many rows.
+    topk_weights             float32 (n, k), contiguous.  use_logfmt: of the send.
     Returns bfloat16 (n, H).
 
 torch.compile drops no call of the four, used or not, and keeps their order (cutehop.ops.ep says what its inductor
@@ -49,7 +52,7 @@ from cutehop.comm.ll_base import find
 from cutehop.comm.ll_outputs import LlDispatched, LlHandle, empty_combined, empty_dispatched
 from cutehop.ops._define import define_ordered
 
-HANDLE = "Tensor src_info, Tensor layout_range, Tensor recv_count, Tensor send_slot"
+HANDLE = "Tensor src_info, Tensor layout_range, Tensor recv_count, Tensor send_slot, Tensor choice_rows"
 Outputs = tuple[Tensor, ...]
 
 
@@ -95,7 +98,7 @@ def _results(got: LlDispatched) -> Outputs:
     """In the order of the schema."""
     x, handle = got.recv_x, got.handle
     scales = x.new_empty((0,), dtype=torch.float32) if got.recv_scales is None else got.recv_scales
-    return x, scales, got.recv_count, handle.src_info, handle.layout_range, handle.send_slot
+    return x, scales, got.recv_count, handle.src_info, handle.layout_range, handle.send_slot, handle.choice_rows
 
 
 def _combine_send(
@@ -104,11 +107,12 @@ def _combine_send(
     layout_range: Tensor,
     recv_count: Tensor,
     send_slot: Tensor,
+    choice_rows: Tensor,
     buffer: str,
     num_topk: int,
     use_logfmt: bool = False,
 ) -> Tensor:
-    handle = LlHandle(src_info, layout_range, recv_count, send_slot)
+    handle = LlHandle(src_info, layout_range, recv_count, send_slot, choice_rows)
     return find(buffer).combine_send(y, handle, num_topk=num_topk, use_logfmt=use_logfmt)
 
 
@@ -118,12 +122,14 @@ def _combine_send_fake(
     layout_range: Tensor,
     recv_count: Tensor,
     send_slot: Tensor,
+    choice_rows: Tensor,
     buffer: str,
     num_topk: int,
     use_logfmt: bool = False,
 ) -> Tensor:
     core = find(buffer)
-    checks.check_combine_send(core.config, core.device, y, src_info, layout_range, recv_count, send_slot, num_topk)
+    handle = LlHandle(src_info, layout_range, recv_count, send_slot, choice_rows)
+    checks.check_combine_send(core.config, core.device, y, *handle, num_topk)
     return y.new_empty((1,), dtype=torch.int32)
 
 
@@ -167,7 +173,8 @@ _define(
 _define(
     "ep_ll_dispatch_recv",
     "(Tensor epoch, str buffer, int num_topk, bool use_fp8=True, bool use_ue8m0=False) -> (Tensor recv_x,"
-    " Tensor recv_scales, Tensor recv_count, Tensor src_info, Tensor layout_range, Tensor send_slot)",
+    " Tensor recv_scales, Tensor recv_count, Tensor src_info, Tensor layout_range, Tensor send_slot,"
+    " Tensor choice_rows)",
     _dispatch_recv,
     _dispatch_recv_fake,
 )

@@ -7,8 +7,11 @@ written as -1, is none.
     dispatch   expert e receives the row of every token that chose it, ordered by source rank and within a source by
                token index, at the begin of a block of R * T rows. Rows are bf16, copied bit for bit, or `quantize`d.
     combine    token t of rank s gets, in fp32 and in exactly this order, each * and + rounded on its own,
-                   ((w[t, 0] * y_0) + w[t, 1] * y_1) + ...      y_j the row that expert topk_idx[t, j] made of t
-               rounded once to bf16. Choices that are none are left out; a token without any gives +0.
+                   p_r = ((+0 + w[t, a] * y_a) + w[t, b] * y_b) + ...      a < b < ... the choices on rank r,
+                   ((+0 + p_q) + p_r) + ...                                q < r < ... the ranks that have a choice,
+               y_j the row that expert topk_idx[t, j] made of t, rounded once to bf16. Choices that are none are left
+               out; a token without any gives +0. So the rank that holds a token's experts may add up their rows
+               before they travel.
 
 A pair (r, p) in `masked` says that rank r has masked rank p. Nothing travels between two ranks if either masks the
 other: a masked rank has no tokens, and choices of its experts are left out.
@@ -66,12 +69,15 @@ class Handle(NamedTuple):
     layout_range: int64 (L, R), low 32 bits: rows that the expert received from the rank, high 32 bits: the first one.
     recv_count: int32 (L,).
     send_slot: int32 (L, R * T), source * T * max_topk + token * max_topk + choice; -1 past the received rows.
+    choice_rows: int32 (R * T, max_topk), at [source * T + token, choice] local expert * R * T + row, where the choice
+        is one of this rank's experts; else -1.
     """
 
     src_info: Tensor
     layout_range: Tensor
     recv_count: Tensor
     send_slot: Tensor
+    choice_rows: Tensor
 
 
 class Received(NamedTuple):
@@ -117,7 +123,7 @@ def dispatch(
     """Send every token to its experts; one Received per rank.
 
     xs: bfloat16 (n_s, H).  topk_idxs: int64 or int32 (n_s, k).  max_tokens: T.
-    max_topk: what send_slot counts with, k if None.
+    max_topk: what send_slot counts with and the columns of choice_rows, k if None.
     use_fp8: rows travel as quantize(x, round_scale, use_ue8m0).
 
     TypeError for a wrong dtype; ValueError if shapes do not match or differ between ranks, H is no multiple of 128, k
@@ -144,6 +150,7 @@ def make_handles(
     for rank in range(ranks):
         src_info = topk_idxs[0].new_full((local, rows), -1, dtype=torch.int32)
         send_slot = src_info.clone()
+        choice_rows = src_info.new_full((rows, stride), -1)
         layout_range = src_info.new_zeros((local, ranks), dtype=torch.int64)
         count = src_info.new_zeros((local,))
         for expert in range(local):
@@ -155,10 +162,12 @@ def make_handles(
                 end = begin + len(token)
                 src_info[expert, begin:end] = token
                 send_slot[expert, begin:end] = (source * max_tokens + token) * stride + choice
+                of_expert = torch.arange(begin, end, dtype=torch.int32, device=src_info.device)
+                choice_rows[source * max_tokens + token, choice] = expert * rows + of_expert
                 layout_range[expert, source] = begin << 32 | (end - begin)
                 begin = end
             count[expert] = begin
-        handles.append(Handle(src_info, layout_range, count, send_slot))
+        handles.append(Handle(src_info, layout_range, count, send_slot, choice_rows))
     return handles
 
 
@@ -189,26 +198,35 @@ def combine(
     for rank, (y, idx, weights) in enumerate(zip(ys, topk_idxs, topk_weights)):
         _check(f"{op}: ys[{rank}]", y, (torch.bfloat16,), (local, ranks * max_tokens, hidden))
         _check(f"{op}: topk_weights[{rank}]", weights, (torch.float32,), tuple(idx.shape))
-    home = _send_home(ys, handles, max_tokens * (topk_idxs[0].shape[1] if max_topk is None else max_topk), use_logfmt)
+    slots = max_tokens * (topk_idxs[0].shape[1] if max_topk is None else max_topk)
     combined = []
-    for rank, (rows, topk_idx, weights) in enumerate(zip(home, topk_idxs, topk_weights)):
-        valid = is_choice(topk_idx, num_experts)
+    for rank, rows in enumerate(_send_home(ys, handles, slots, use_logfmt)):
+        home = home_ranks(topk_idxs[rank], num_experts, local)
         for a, b in masked:
             if rank in (a, b):
-                valid &= topk_idx // local != (b if rank == a else a)
-        combined.append(weighted_sum(rows.view(max_tokens, -1, hidden), weights, valid))
+                home[home == (b if rank == a else a)] = -1
+        combined.append(weighted_sum(rows.view(max_tokens, -1, hidden), topk_weights[rank], home))
     return combined
 
 
-def weighted_sum(rows: Tensor, topk_weights: Tensor, valid: Tensor) -> Tensor:
+def home_ranks(topk_idx: Tensor, num_experts: int, experts_per_rank: int) -> Tensor:
+    """The rank that holds each choice's expert, -1 for no choice; of topk_idx's shape and dtype."""
+    return (topk_idx // experts_per_rank).masked_fill(~is_choice(topk_idx, num_experts), -1)
+
+
+def weighted_sum(rows: Tensor, topk_weights: Tensor, home: Tensor) -> Tensor:
     """The arithmetic of combine, bfloat16 (n, H).
 
-    rows: float32 (>= n, >= k, H), of each token and choice.  topk_weights: float32 (n, k).  valid: bool (n, k).
+    rows: float32 (>= n, >= k, H), of each token and choice.  topk_weights: float32 (n, k).
+    home: int64 or int32 (n, k), the rank that holds the choice's expert, -1 for a choice that is left out.
     """
     n, k = topk_weights.shape
     total = torch.zeros((n, rows.shape[2]), device=rows.device)
-    for j in range(k):
-        total = torch.where(valid[:, j, None], total + topk_weights[:, j, None] * rows[:n, j], total)
+    for rank in home[home >= 0].unique().tolist():
+        part = torch.zeros_like(total)
+        for j in range(k):
+            part = torch.where(home[:, j, None] == rank, part + topk_weights[:, j, None] * rows[:n, j], part)
+        total = total + part  # +0 for a token without a choice there, which changes no bit: a sum from +0 is never -0
     return total.bfloat16()
 
 

@@ -98,6 +98,19 @@ def test_few_tokens_are_dispatched_as_words(variant):
     assert ("ld.relaxed.sys.global.v2.b64" in ptx) == (config.receives and not config.elastic)
 
 
+def test_sums_of_a_whole_combine_need_no_flag():
+    """Words that show by themselves that they have come; whoever waits for a flag has nothing of them."""
+    whole = [each for each in VARIANTS if "ll_combine_whole" in name_of(each)]
+    assert len(whole) == 1
+    for function, config in VARIANTS:
+        ptx = function.bundle(config).ptx
+        is_whole = (function, config) in whole
+        assert ("ld.relaxed.sys.global.v4.b32" in ptx) == ("st.relaxed.sys.global.v4.b32" in ptx) == is_whole
+        if is_whole:
+            assert "cp.async.bulk" not in ptx
+            assert "st.release.sys.global.b32" not in ptx
+
+
 def test_every_wait_has_a_deadline(kernel):
     """A poll of a flag is a loop that reads the clock. mbarriers wait for copies, which end by themselves."""
     name, bundle = kernel

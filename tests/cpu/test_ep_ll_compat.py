@@ -8,7 +8,7 @@ import torch
 from cutehop.compat.deep_ep import Buffer
 
 X, IDX, WEIGHTS = torch.zeros(2, 128).bfloat16(), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
-HANDLE = (torch.zeros(1, 16, dtype=torch.int32), torch.zeros(1, 8, dtype=torch.int64), 2, 128, 8, None, None)
+HANDLE = (torch.zeros(1, 16, dtype=torch.int32), torch.zeros(1, 8, dtype=torch.int64), 2, 128, 8, None, None, None)
 DISPATCH, COMBINE = (X, IDX, 2, 8), (X, IDX, WEIGHTS, HANDLE)
 
 

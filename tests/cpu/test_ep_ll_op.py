@@ -44,8 +44,8 @@ def operands(buffer: GlooLowLatencyBuffer, name: str) -> dict:
     if name == "ep_ll_dispatch_recv":
         return {"epoch": epoch, "num_topk": 4, "use_fp8": False, **common}
     _, _, *rest = ops.ep_ll_dispatch_recv(epoch, buffer.name, 4, use_fp8=False)
-    recv_count, src_info, layout_range, send_slot = rest
-    handle = {"src_info": src_info, "layout_range": layout_range, "recv_count": recv_count, "send_slot": send_slot}
+    names = ("recv_count", "src_info", "layout_range", "send_slot", "choice_rows")
+    handle = dict(zip(names, rest, strict=True))
     if name == "ep_ll_combine_send":
         return {"y": y, **handle, "num_topk": 4, **common}
     epoch = ops.ep_ll_combine_send(y, **handle, num_topk=4, buffer=buffer.name)
@@ -96,7 +96,7 @@ def test_fakes_of_results(buffer, options):
     real = ops.ep_ll_dispatch_recv(epoch, buffer.name, 4, **options)
     with FakeTensorMode() as mode:
         fake = ops.ep_ll_dispatch_recv(mode.from_tensor(epoch), buffer.name, 4, **options)
-    assert len(real) == len(fake) == 6
+    assert len(real) == len(fake) == 7
     for r, f in zip(real, fake):
         assert (r.shape, r.dtype, r.stride(), r.device) == (f.shape, f.dtype, f.stride(), f.device)
 
@@ -116,14 +116,14 @@ def test_ops_do_what_the_buffer_does(group, rows):
     x, topk_idx, weights, y = inputs.on(0, CPU)
     options = {"use_fp8": rows != "bf16", "use_ue8m0": rows == "ue8m0"}
     epoch = ops.ep_ll_dispatch_send(x, topk_idx, made.name, **options)
-    recv_x, scales, count, src_info, layout_range, send_slot = ops.ep_ll_dispatch_recv(epoch, made.name, 4, **options)
+    recv_x, scales, count, src_info, layout_range, *places = ops.ep_ll_dispatch_recv(epoch, made.name, 4, **options)
     assert scales.numel() or rows == "bf16"
-    handle = ll_outputs.LlHandle(src_info, layout_range, count, send_slot)
+    handle = ll_outputs.LlHandle(src_info, layout_range, count, *places)
     check_received(inputs, 0, ll_outputs.LlDispatched(recv_x, scales if scales.numel() else None, count, handle))
-    epoch = ops.ep_ll_combine_send(y, src_info, layout_range, count, send_slot, made.name, 4)
+    epoch = ops.ep_ll_combine_send(y, *handle, made.name, 4)
     assert same_bits(ops.ep_ll_combine_recv(epoch, topk_idx, weights, made.name), inputs.combined()[0])
     small = y * 2.0**-14
-    epoch = ops.ep_ll_combine_send(small, src_info, layout_range, count, send_slot, made.name, 4, use_logfmt=True)
+    epoch = ops.ep_ll_combine_send(small, *handle, made.name, 4, use_logfmt=True)
     combined = ops.ep_ll_combine_recv(epoch, topk_idx, weights, made.name, use_logfmt=True)
     inputs.ys = [small]
     assert same_bits(combined, inputs.combined(use_logfmt=True)[0])
@@ -159,6 +159,7 @@ BAD = [
     (HOME, {"y": Y[:, :9].contiguous()}, ValueError, r"y has shape \(4, 9, 256\), needs \(4, 16, 256\)"),
     (HOME, {"y": Y.transpose(0, 1).contiguous().transpose(0, 1)}, ValueError, "y has strides"),
     (HOME, {"send_slot": SLOT.long()}, TypeError, "send_slot is torch.int64"),
+    (HOME, {"choice_rows": SLOT}, ValueError, r"choice_rows has shape \(4, 16\), needs \(16, 5\)"),
     (HOME, {"src_info": SLOT[:3]}, ValueError, r"src_info has shape \(3, 16\)"),
     (HOME, {"recv_count": EPOCH}, ValueError, r"recv_count has shape \(1,\), needs \(4,\)"),
     (HOME, {"num_topk": 0}, ValueError, "0 choices per token"),

@@ -43,6 +43,8 @@ def test_dispatch(case):
         assert got.handle.src_info[local, :count].tolist() == [token for _, token, _ in want]
         slots = [(source * case.max_tokens + token) * case.max_topk + choice for source, token, choice in want]
         assert got.handle.send_slot[local, :count].tolist() == slots
+        rows = [got.handle.choice_rows[source * case.max_tokens + token, choice] for source, token, choice in want]
+        assert rows == [local * case.ranks * case.max_tokens + row for row in range(count)]
         for source, packed in enumerate(got.handle.layout_range[local].tolist()):
             rows = [row for row, (s, _, _) in enumerate(want) if s == source]
             assert packed % 2**32 == len(rows)
@@ -57,11 +59,27 @@ def test_dispatch(case):
             q, scales = ep_ll.quantize(x, **options)
             assert same_bits(got.recv_x[local, :count], q)
             assert same_bits(got.recv_scales[local, :count], scales)
+    for got in inputs.received:
+        assert got.handle.choice_rows.shape == (case.ranks * case.max_tokens, case.max_topk)
+        assert (got.handle.choice_rows >= 0).sum() == got.recv_count.sum(), "all other places hold -1"
+        assert got.handle.choice_rows.min() >= -1
+
+
+def test_choice_rows():
+    """Two ranks of two experts, T = 2, up to 3 choices: rank 0 sees rows 0 to 3 of expert 0, 4 to 7 of expert 1."""
+    ids = [torch.tensor([[1, 2], [3, -1]]), torch.tensor([[0, 1]])]
+    zero, one = (handle.choice_rows.tolist() for handle in ep_ll.make_handles(ids, 4, 2, max_topk=3))
+    none = [-1, -1, -1]
+    assert zero == [[4, -1, -1], none, [0, 5, -1], none]
+    assert one == [[-1, 0, -1], [4, -1, -1], none, none]
+    zero, one = (handle.choice_rows.tolist() for handle in ep_ll.make_handles(ids, 4, 2, masked=[(0, 1)]))
+    assert zero == [[4, -1], *[[-1, -1]] * 3]
+    assert one == [[-1, -1]] * 4
 
 
 @pytest.mark.parametrize("case", [replace(case, ranks=2) for case in CASES] + MASKED, ids=str)
 def test_combine(case):
-    """Adding one row after the other, with a rounding after every step, ends at the same bits."""
+    """Adding one row after the other, rank by rank, with a rounding after every step, ends at the same bits."""
     inputs = LlInputs(case)
     rows = {}
     for expert in range(case.experts):
@@ -71,10 +89,39 @@ def test_combine(case):
         assert got.shape == (case.count(rank), case.hidden)
         for token, chosen in enumerate(inputs.topk_idx[rank].tolist()):
             total = torch.zeros(case.hidden)
-            for weight, expert in zip(inputs.topk_weights[rank][token], chosen):
-                if (rank, token, expert) in rows:
-                    total = total + weight * rows[rank, token, expert].float()
+            for first in range(0, case.experts, case.local_experts):
+                part = torch.zeros(case.hidden)
+                for weight, expert in zip(inputs.topk_weights[rank][token], chosen):
+                    if first <= expert < first + case.local_experts and (rank, token, expert) in rows:
+                        part = part + weight * rows[rank, token, expert].float()
+                total = total + part
             assert same_bits(got[token], total.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "values", "want"),
+    [
+        # Choices 0 and 2 are on rank 0: (2^24 - 2^24) + 1. In the order of the choices: 2^24 + 1 is rounded to 2^24.
+        ([0, 3, 1], [2.0**24, 1.0, -(2.0**24)], 1.0),
+        # Ranks ascending: (2^24 + 1) - 2^24, the first sum rounded. As they come: (2^24 - 2^24) + 1.
+        ([0, 6, 3], [2.0**24, -(2.0**24), 1.0], 0.0),
+        # On a rank in the order of the choices: (2^24 + 1) - 2^24. In that of the experts: (1 - 2^24) + 2^24 = 1.
+        ([5, 3, 4], [2.0**24, 1.0, -(2.0**24)], 0.0),
+        # From +0.
+        ([0, -1, 8], [-0.0, 1.0, -0.0], 0.0),
+    ],
+)
+def test_order_of_the_sum(chosen, values, want):
+    """One token of rank 0, three ranks of three experts."""
+    ids = [torch.tensor([chosen]), *[torch.empty((0, 3), dtype=torch.int64)] * 2]
+    ys = [torch.zeros(3, 3, 128).bfloat16() for _ in range(3)]
+    for expert, value in zip(chosen, values):
+        if expert >= 0:
+            ys[expert // 3][expert % 3, 0] = value
+    weights = [torch.ones(idx.shape) for idx in ids]
+    got = ep_ll.combine(ys, ep_ll.make_handles(ids, 9, 1), ids, weights, 9, 1)
+    assert same_bits(got[0], torch.full((1, 128), want).bfloat16())
+    assert [each.shape for each in got[1:]] == [(0, 128)] * 2
 
 
 def test_quantize():

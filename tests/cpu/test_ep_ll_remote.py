@@ -74,8 +74,10 @@ def test_device_code_is_looked_for_in_the_wheels_folder(monkeypatch, tmp_path):
 def test_the_outbox_comes_last_and_moves_nothing():
     without, has = LlLayout(CONFIG), LlLayout(CONFIG, remote=True)
     assert has.outbox.offset >= has.data.offset + SLOTS * CONFIG.slot_bytes
-    assert [region for region in has.regions if region.name != "outbox"] == list(without.regions)
-    assert has.heap_bytes == without.heap_bytes + SLOTS * CONFIG.outbox_bytes
+    shared = [region for region in without.regions if region.name not in ("asks", "sums")]
+    assert [region for region in has.regions if region.name != "outbox"] == shared
+    sums = SLOTS * CONFIG.asks_bytes + CONFIG.sums_bytes
+    assert has.heap_bytes == without.heap_bytes - sums + SLOTS * CONFIG.outbox_bytes
     assert CONFIG.outbox_bytes == 8 * 128 * 8 * (14336 + 224), "a row for each choice of every rank's tokens"
     one = LlConfig(ranks=8, hidden=128, max_tokens=1, num_experts=8192, max_topk=1)
     assert one.outbox_bytes >= 8 * one.counts_bytes + one.record_bytes, "counts may take more than rows"
@@ -165,10 +167,10 @@ class Fakes:
         monkeypatch.setattr(torch, "zeros", lambda *args, pin_memory=False, **kwargs: zeros(*args, **kwargs))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=7, synchronize=int))
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
-        for name in ("ll_dispatch_kernel", "ll_combine_kernel"):
+        for name in ("ll_dispatch_kernel", "ll_combine_kernel", "ll_combine_whole_kernel"):
             monkeypatch.setattr(kernels, name, self._kernel(name))
 
     def _open_heap(self, provider, group, nbytes, device, timeout_s, one_node):

@@ -291,7 +291,7 @@ def differing_first_calls(group: Any, rank: int) -> None:
     with pytest.raises(ValueError, match=r"T, hidden, experts, choices \[1[67], 256, 8, 4\] on rank \d"):
         buffer.low_latency_dispatch(x, topk_idx, 16 + rank, case.experts)
     _, _, handle, _, _ = buffer.low_latency_dispatch(x, topk_idx, 16, case.experts)
-    with pytest.raises(ValueError, match="handle of 5 parts, low_latency_dispatch returns 7"):
+    with pytest.raises(ValueError, match="handle of 5 parts, low_latency_dispatch returns 8"):
         buffer.low_latency_combine(x, topk_idx, x, handle[:5])
     buffer.destroy()
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests import ep_cases
 from tests.ep_ll_cases import (
@@ -274,25 +275,33 @@ def test_combine_with_logfmt(world, hidden):
     world.pool.run(combine_with_logfmt, world.device, case)
 
 
+def wild_like(part: Tensor, rng: torch.Generator, odd: tuple[int, ...]) -> Tensor:
+    """int32 of the same shape: any numbers, the ends of their range, and these."""
+    ends = torch.iinfo(torch.int32)
+    extremes = torch.tensor([ends.min, *odd, ends.max], dtype=torch.int32)
+    return torch.where(
+        torch.rand(part.shape, generator=rng) < 0.5,
+        torch.randint(ends.min, ends.max, part.shape, generator=rng, dtype=torch.int32),
+        extremes[torch.randint(len(extremes), part.shape, generator=rng)],
+    )
+
+
 def combine_with_wild_handles(group, rank, device, case):
     """Counts and places that no dispatch made: rows go nowhere or to a wrong place, and the next call is right."""
     inputs, buffer = LlInputs(case), make_buffer(group, case.config(), device)
     rng = torch.Generator().manual_seed(rank)
-    ends = torch.iinfo(torch.int32)
     for seed in range(6):
         handle = receive(buffer, inputs, send(buffer, inputs)).handle
-        extremes = torch.tensor([ends.min, -1, 0, buffer.config.max_tokens * case.ranks, ends.max], dtype=torch.int32)
         wild = [
-            torch.where(
-                torch.rand(part.shape, generator=rng) < 0.5,
-                torch.randint(ends.min, ends.max, part.shape, generator=rng, dtype=torch.int32),
-                extremes[torch.randint(len(extremes), part.shape, generator=rng)],
-            ).to(buffer.device)
+            wild_like(part, rng, (-1, 0, buffer.config.max_tokens * case.ranks)).to(buffer.device)
             for part in (handle.recv_count, handle.send_slot)
         ]
         epoch = send_home(buffer, inputs, handle._replace(recv_count=wild[0], send_slot=wild[1]), seed % 2 == 1)
         _, topk_idx, topk_weights, _ = inputs.on(rank, buffer.device)
         buffer.combine_receive(epoch, topk_idx, topk_weights, use_logfmt=seed % 2 == 1)
+        *_, y = inputs.on(rank, buffer.device)
+        rows = wild_like(handle.choice_rows, rng, (-1, y.shape[0] * y.shape[1])).to(buffer.device)
+        buffer.combine(y, handle._replace(choice_rows=rows), topk_idx, topk_weights)
         check_case(buffer, inputs)
     buffer.destroy()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cutehop.comm.ll_base import LowLatencyBuffer
 from cutehop.comm.ll_config import LlConfig
+from cutehop.ref.ep_ll import weighted_sum
 from tools.bench.ep_jobs import Job, Tensors
 from tools.bench.ep_setting import Inputs, Moved, Setting, make_inputs
 
@@ -78,10 +79,8 @@ class LlWork:
         return {"counts": counts.int(), "rows": rows.view(torch.float8_e4m3fn)}
 
     def _sums(self, i: Inputs) -> Tensor:
-        total = torch.zeros(len(i.x), device=self.buffer.device)
-        for choice in range(self.setting.topk):
-            total = total + i.topk_weights[:, choice] * self._value(i.topk_idx[:, choice])
-        return total.bfloat16()[:, None].expand(-1, self.setting.hidden).contiguous()
+        sums = weighted_sum(self._value(i.topk_idx)[..., None], i.topk_weights, i.topk_idx // self.local)
+        return sums.expand(-1, self.setting.hidden).contiguous()
 
     def _moved(self, i: Inputs) -> Moved:
         """A record is written and read once per rank that a token goes to, a row once per choice on each side."""

@@ -119,7 +119,7 @@ class RankBench:
         def dispatch() -> tuple[Tensor, ...]:
             return _ops.ep_ll_dispatch_recv(_ops.ep_ll_dispatch_send(x, idx, name, fp8), name, k, fp8)
 
-        rows, scales, counts, src_info, layout_range, send_slot = dispatch()
+        rows, scales, counts, src_info, layout_range, *places = dispatch()
 
         def experts() -> Tensors:
             return (layer.experts(rows, scales if fp8 else None, counts, mean),)
@@ -127,7 +127,7 @@ class RankBench:
         (y,) = experts()
 
         def combine() -> Tensors:
-            epoch = _ops.ep_ll_combine_send(y, src_info, layout_range, counts, send_slot, name, k)
+            epoch = _ops.ep_ll_combine_send(y, src_info, layout_range, counts, *places, name, k)
             return (_ops.ep_ll_combine_recv(epoch, idx, weights, name),)
 
         return {"dispatch": dispatch, "experts": experts, "combine": combine}

@@ -1,0 +1,121 @@
+"""Low-latency dispatch and combine as one call each. On GPUs combine is a kernel of its own then, in which the ranks that
+hold a token's experts add up their rows (comm/kernels/ll_combine_whole.py)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cutehop.comm.errors import EpTimeoutError
+from tests.ep_ll_cases import FORMATS, LlCase, LlInputs, check_received, everyone, make_buffer, same_bits
+from tests.ep_ll_masking import AWAY, TIMEOUT_S
+
+pytestmark = pytest.mark.dist
+LATE_S = 0.15
+on_gpus = pytest.mark.gpu
+SEVERAL = [("cpu", 2), ("cpu", 3), *(pytest.param(("cuda", ranks), marks=on_gpus) for ranks in (2, 8))]
+WORLDS = [*SEVERAL, pytest.param(("cuda", 1), marks=on_gpus)]
+
+
+def there_and_back(buffer, inputs, **options):
+    """What one dispatch and one combine give, with what the experts' ranks hold as the inputs say."""
+    x, topk_idx, weights, y = inputs.on(buffer.rank, buffer.device)
+    got = buffer.dispatch(x, topk_idx, **FORMATS[inputs.case.rows])
+    return got, buffer.combine(y, got.handle, topk_idx, weights, **options)
+
+
+def check_whole(buffer, inputs) -> None:
+    got, combined = there_and_back(buffer, inputs)
+    check_received(inputs, buffer.rank, got)
+    assert same_bits(combined, inputs.combined()[buffer.rank])
+
+
+def many_calls(group, rank, device, case):
+    """Numbers of tokens that differ between calls and ranks: what is asked first is not what was expected."""
+    buffer = make_buffer(group, case.config(), device)
+    for seed, tokens in enumerate([(40, 64, 3), (64,), (0, 1), (0,), (33, 2, 64), (1, 0, 7)]):
+        for routing in ("random", "some", "one_rank"):
+            check_whole(buffer, LlInputs(replace(case, tokens=tokens, routing=routing, seed=seed)))
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("hidden", [128, 384, 1920])
+@pytest.mark.parametrize("world", WORLDS, ids=str)
+def test_many_calls(ranks_on, world, hidden):
+    device, ranks = world
+    case = LlCase(ranks=ranks, max_tokens=64, hidden=hidden, local_experts=8, k=8, spare_topk=1, rows="bf16")
+    ranks_on(device)(ranks).run(many_calls, device, case, timeout=200)
+
+
+def negative_zeros(group, rank, device, case):
+    """Rows, products and sums of -0.0, which on a GPU marks what has not come; on rows that are alone and on others."""
+    buffer = make_buffer(group, case.config(), device)
+    for k in (1, 2, 4):
+        inputs = LlInputs(replace(case, k=k, spare_topk=4 - k))
+        pattern = torch.tensor([0.0, -0.0, -0.0, 1e-40, -1e-40], dtype=torch.bfloat16)
+        for y in inputs.ys:
+            y.copy_(pattern[torch.arange(y.numel()) % 5].view(y.shape))
+        for weights in inputs.topk_weights:
+            weights.mul_(1e-30)  # products that are rounded to zeros of both signs
+        check_whole(buffer, inputs)
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("world", WORLDS, ids=str)
+def test_negative_zeros(ranks_on, world):
+    device, ranks = world
+    ranks_on(device)(ranks).run(negative_zeros, device, LlCase(ranks=ranks, rows="bf16"))
+
+
+def one_is_late(group, rank, device, case):
+    """Returns how long each rank was waited for."""
+    buffer, inputs = make_buffer(group, case.config(), device), LlInputs(case)
+    check_whole(buffer, inputs)  # whatever the first call takes longer
+    waits = torch.zeros(case.ranks, dtype=torch.int64, device=buffer.device)
+    x, topk_idx, weights, y = inputs.on(rank, buffer.device)
+    for _ in range(2):
+        got = buffer.dispatch(x, topk_idx, **FORMATS[case.rows])
+        everyone(group)
+        if rank == AWAY:
+            time.sleep(LATE_S)
+        buffer.combine(y, got.handle, topk_idx, weights, wait_stats=waits)
+    buffer.destroy()
+    return waits.tolist()
+
+
+@pytest.mark.parametrize("world", SEVERAL, ids=str)
+def test_how_long_ranks_were_waited_for(ranks_on, world):
+    device, ranks = world
+    for rank, waits in enumerate(ranks_on(device)(ranks).run(one_is_late, device, LlCase(ranks=ranks))):
+        assert min(waits) >= 0
+        if rank != AWAY:
+            assert max(waits) == waits[AWAY] >= 2 * LATE_S * 1e9
+
+
+def one_does_not_combine(group, rank, device, case):
+    """The others' wait ends, names the rank and what it did not do, and a new buffer works."""
+    inputs = LlInputs(case)
+    for _ in range(2):
+        buffer = make_buffer(group, case.config(), device, timeout_s=TIMEOUT_S)
+        check_whole(buffer, inputs)
+        everyone(group)
+        x, topk_idx, weights, y = inputs.on(rank, buffer.device)
+        got = buffer.dispatch(x, topk_idx, **FORMATS[case.rows])
+        if rank != AWAY:
+            buffer.combine(y, got.handle, topk_idx, weights)
+            torch.cuda.synchronize()
+            for call in (buffer.check, lambda: buffer.dispatch(x, topk_idx)):  # noqa: B023 - called at once
+                with pytest.raises(EpTimeoutError) as caught:
+                    call()
+                assert (caught.value.peer, caught.value.phase) == (AWAY, "ll_asks"), caught.value
+        everyone(group)
+        buffer.destroy()
+
+
+@on_gpus
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_a_rank_that_does_not_combine(gpu_ranks, ranks):
+    gpu_ranks(ranks).run(one_does_not_combine, "cuda", LlCase(ranks=ranks))
