@@ -10,7 +10,7 @@ Grid (SMs, 1, 1), 608 threads. Once all peers' outputs stand:
     4 others    add the top-k weights, by ordinary loads
 
 Pipelines, one per team, a stage per piece: `full` (the loader arrives once and expects the bytes), `empty` (each warp
-of the team arrives once its lanes have read). Shared memory: 3 rings of 64 KiB. Bound by memory or the link: each row
+of the team arrives once its lanes have read). Shared memory: 3 rings of 72 KiB. Bound by memory or the link: each row
 is read once. The last CTA to be done acknowledges to all peers and ends the epoch.
 """
 
@@ -88,7 +88,9 @@ class CombineReceive:
 
     @cute.jit
     def __call__(self, g: Group, args: CombineReceiveArgs, stream: cuda.CUstream):
-        self.kernel(g, args).launch(grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)
+        self.kernel(g, args).launch(
+            grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True
+        )
 
     @cute.kernel
     def kernel(self, g: Group, a: CombineReceiveArgs):
@@ -126,6 +128,7 @@ class CombineReceive:
             elif a.weights != 0:
                 first = (warp - ADDERS - TEAMS) * ctas + cta
                 self.add_weights(g, a, sm, first * 32 + lane, WEIGHT_WARPS * ctas * 32)
+        cute.arch.griddepcontrol_wait()  # not before: what the sending launch of this rank wrote has a flag, as others'
         if last_to_arrive(g, ARRIVALS["combine_receive"], flag, wrote=False):
             if not aborted(g):
                 signal_peers(g, Int64(COMBINE_ACK), epoch, wrote=False)
@@ -177,42 +180,86 @@ class CombineReceive:
     def reduce(self, g: Group, a: CombineReceiveArgs, sm, first: Int32, step: Int32, team: Int32, thread: Int32):
         """thread: of the team. It has the vectors thread, thread + 128, ... of each piece."""
         lane = thread % 32
-        acc = cute.make_rmem_tensor(8 * VECTORS, Float32)
-        ring = sm.ring.data_ptr() + team * TEAM_RING_BYTES
         stage, phase = Int32(0), Int32(0)
         ahead = self.row_of(g, a, first, lane)
         for token in cutlass.range(first, a.tokens, step, unroll=1):
-            ranks = cute.arch.popc(cute.arch.vote_ballot_sync(ahead >= 0))
+            rows = Int32(cute.arch.popc(cute.arch.vote_ballot_sync(ahead >= 0)))
             ahead = self.row_of(g, a, token + step, lane)
             row = Int64(token) * a.row_bytes + thread * 16
             for at in cutlass.range(0, a.row_bytes, a.piece_bytes, unroll=1):
                 left = a.row_bytes - at
                 left = (left if left < a.piece_bytes else a.piece_bytes) - thread * 16
-                # A thread past the end of a piece adds the piece's first vector instead, and stores nothing.
-                offsets = [thread * 16 + v * STRIDE if v * STRIDE < left else Int32(0) for v in range(VECTORS)]
-                acc.fill(0.0)
-                if a.bias_0 != 0:
-                    self.add_bias(a.bias_0 + row + at, acc, left)
-                if a.bias_1 != 0:
-                    self.add_bias(a.bias_1 + row + at, acc, left)
-                for _ in cutlass.range(Int32(ranks), unroll=1):
-                    slot = team * MAX_STAGES + stage
-                    cute.arch.mbarrier_wait(sm.full.data_ptr() + slot, phase)
-                    piece = ring + stage * a.piece_bytes
-                    for v in cutlass.range_constexpr(VECTORS):
-                        self.add_vector(acc, v, ptx.ld_shared_v4(piece + offsets[v]))
-                    cute.arch.sync_warp()
-                    if lane == 0:
-                        cute.arch.mbarrier_arrive(sm.empty.data_ptr() + slot)
-                    stage += 1
-                    if stage == a.stages:
-                        stage, phase = Int32(0), phase ^ 1
-                packed = cute.make_rmem_tensor(8 * VECTORS, BFloat16)
-                packed.store(acc.load().to(BFloat16))
-                words = cute.recast_tensor(packed, Int32)
-                for v in cutlass.range_constexpr(VECTORS):
-                    if v * STRIDE < left:
-                        ptx.st_global(a.out + row + at + v * STRIDE, *(words[4 * v + i] for i in range(4)))
+                if (rows <= 2) & (a.bias_0 == 0) & (a.bias_1 == 0):
+                    stage, phase = self.add_two(a, sm, rows, team, thread, row + at, left, stage, phase)
+                else:
+                    stage, phase = self.add_many(a, sm, rows, team, thread, row + at, left, stage, phase)
+
+    @cute.jit
+    def add_two(
+        self, a: CombineReceiveArgs, sm, rows: Int32, team: Int32, thread: Int32, row: Int64, left: Int32, stage: Int32,
+        phase: Int32,
+    ):  # fmt: skip
+        """A piece of at most two rows: two bf16 values added as such are what they are added in f32 and rounded, since
+        24 bits are more than 2 * 8 + 1, and it takes a third of the instructions. The first is added to +0.0."""
+        words = cute.make_rmem_tensor(4 * VECTORS, Int32)
+        words.fill(0)
+        for _ in cutlass.range(rows, unroll=1):
+            piece = self.wait_piece(a, sm, team, stage, phase)
+            for v in cutlass.range_constexpr(VECTORS):
+                loaded = ptx.ld_shared_v4(piece + self.vector_of(v, thread, left))
+                for i in cutlass.range_constexpr(4):
+                    words[4 * v + i] = ptx.add_bf16x2(words[4 * v + i], loaded[i])
+            stage, phase = self.release_piece(a, sm, team, stage, phase)
+        self.store(a, row, left, words)
+        return stage, phase
+
+    @cute.jit
+    def add_many(
+        self, a: CombineReceiveArgs, sm, rows: Int32, team: Int32, thread: Int32, row: Int64, left: Int32, stage: Int32,
+        phase: Int32,
+    ):  # fmt: skip
+        acc = cute.make_rmem_tensor(8 * VECTORS, Float32)
+        acc.fill(0.0)
+        if a.bias_0 != 0:
+            self.add_bias(a.bias_0 + row, acc, left)
+        if a.bias_1 != 0:
+            self.add_bias(a.bias_1 + row, acc, left)
+        for _ in cutlass.range(rows, unroll=1):
+            piece = self.wait_piece(a, sm, team, stage, phase)
+            for v in cutlass.range_constexpr(VECTORS):
+                self.add_vector(acc, v, ptx.ld_shared_v4(piece + self.vector_of(v, thread, left)))
+            stage, phase = self.release_piece(a, sm, team, stage, phase)
+        packed = cute.make_rmem_tensor(8 * VECTORS, BFloat16)
+        packed.store(acc.load().to(BFloat16))
+        self.store(a, row, left, cute.recast_tensor(packed, Int32))
+        return stage, phase
+
+    @cute.jit
+    def vector_of(self, v: cutlass.Constexpr[int], thread: Int32, left: Int32):
+        """Where a thread's vector is in a piece. Past the end it is the first one again."""
+        return thread * 16 + v * STRIDE if v * STRIDE < left else Int32(0)
+
+    @cute.jit
+    def wait_piece(self, a: CombineReceiveArgs, sm, team: Int32, stage: Int32, phase: Int32):
+        cute.arch.mbarrier_wait(sm.full.data_ptr() + team * MAX_STAGES + stage, phase)
+        return sm.ring.data_ptr() + team * TEAM_RING_BYTES + stage * a.piece_bytes
+
+    @cute.jit
+    def release_piece(self, a: CombineReceiveArgs, sm, team: Int32, stage: Int32, phase: Int32):
+        """The next stage and its phase."""
+        cute.arch.sync_warp()
+        if cute.arch.lane_idx() == 0:
+            cute.arch.mbarrier_arrive(sm.empty.data_ptr() + team * MAX_STAGES + stage)
+        stage += 1
+        if stage == a.stages:
+            stage, phase = Int32(0), phase ^ 1
+        return stage, phase
+
+    @cute.jit
+    def store(self, a: CombineReceiveArgs, row: Int64, left: Int32, words: cute.Tensor):
+        for v in cutlass.range_constexpr(VECTORS):
+            if v * STRIDE < left:
+                ptx.st_global(a.out + row + v * STRIDE, *(words[4 * v + i] for i in range(4)))
 
     @cute.jit
     def add_bias(self, address: Int64, acc: cute.Tensor, left: Int32):
@@ -256,5 +303,6 @@ def program(config) -> Program:
         args=(fake_args(Group), fake_args(CombineReceiveArgs), cuda.CUstream(0)),
         threads=THREADS,
         smem_bytes=kernel.Smem.size_in_bytes(),
+        pdl=True,
         params=param_kinds(Group) + param_kinds(CombineReceiveArgs),
     )

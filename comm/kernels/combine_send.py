@@ -29,6 +29,7 @@ from .verbs import (
     read_epoch,
     report,
     signal_peers,
+    start_next_kernel,
     wait_flag,
 )
 
@@ -88,6 +89,7 @@ class CombineSend:
                     lambda i: ld_i32(a.weights + Int64(i) * 4),
                     lambda i, word: st_i32(records + Int64(i // a.topk) * a.weight_row_bytes + i % a.topk * 4, word),
                 )
+        start_next_kernel()
         if last_to_arrive(g, ARRIVALS["combine_send"], flag):
             if not aborted(g):
                 signal_peers(g, Int64(COMBINE_READY), epoch)

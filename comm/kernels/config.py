@@ -25,7 +25,7 @@ PIECE_BYTES = 8192  # a row is cut in equal pieces of at most this
 
 TEAMS = 3  # of a combine CTA; each adds up tokens of its own
 TEAM_WARPS = 4  # warps of a team, and one more that loads for it
-TEAM_RING_BYTES = 65536  # shared memory of one team's ring
+TEAM_RING_BYTES = 73728  # shared memory of one team's ring
 WEIGHT_WARPS = 4  # warps that add top-k weights
 
 

@@ -28,10 +28,9 @@ from .ll_verbs import (
     is_live,
     note_live,
     slot_of,
-    start_next_kernel,
 )
 from .ll_waits import wait_data
-from .verbs import Group, may_proceed
+from .verbs import Group, may_proceed, start_next_kernel
 
 THREADS = 32 * REDUCE_WARPS
 BATCH = 4  # rows whose loads are in flight together

@@ -25,11 +25,10 @@ from .ll_verbs import (
     next_epoch,
     outbox_of,
     slot_of,
-    start_next_kernel,
 )
 from .ll_waits import note_receivers, peek_acks, wait_ack
 from .ring import EMPTY, drain, make_ring, move_row
-from .verbs import Group, copy_vectors, may_proceed
+from .verbs import Group, copy_vectors, may_proceed, start_next_kernel
 
 THREADS = 32 * RINGS
 

@@ -32,10 +32,10 @@ from ..config import MAX_RANKS
 from .config import REDUCE_WARPS, Parts
 from .ll_combine_add_up import Adder
 from .ll_combine_answer import Answerer
-from .ll_verbs import ACK, ARRIVALS, EPOCH, base_of, line, next_epoch, start_next_kernel
+from .ll_verbs import ACK, ARRIVALS, EPOCH, base_of, line, next_epoch
 from .ll_waits import peek_acks, wait_ack
 from .ll_words import store_words
-from .verbs import GMEM, Group, aborted, may_proceed, send_count, set_flag
+from .verbs import GMEM, Group, aborted, may_proceed, send_count, set_flag, start_next_kernel
 
 THREADS = 32 * REDUCE_WARPS
 ANSWERED_BARRIER = 1

@@ -32,11 +32,10 @@ from .ll_verbs import (
     is_live,
     note_live,
     slot_of,
-    start_next_kernel,
 )
 from .ll_waits import wait_data
 from .ll_words import load_words, uses_words, wait_words
-from .verbs import GMEM, PHASE, Group, aborted, may_proceed, wait_count
+from .verbs import GMEM, PHASE, Group, aborted, may_proceed, start_next_kernel, wait_count
 
 THREADS = 32 * COPY_WARPS  # of a CTA that only receives; more may be there
 COUNT_THREADS = THREADS - 32

@@ -38,11 +38,10 @@ from .ll_verbs import (
     next_epoch,
     outbox_of,
     slot_of,
-    start_next_kernel,
 )
 from .ll_waits import note_receivers, peek_acks, wait_ack
 from .ll_words import store_words, uses_words
-from .verbs import GMEM, Group, may_proceed, peer_base, send_count
+from .verbs import GMEM, Group, may_proceed, peer_base, send_count, start_next_kernel
 
 TOKEN_THREADS = 32 * TOKEN_WARPS
 INDEX_THREADS = 32 * INDEX_WARPS

@@ -140,12 +140,3 @@ def add_wait(stats, source, start):
     if (cta == 0) & (stats != 0):
         place = stats + Int64(source) * 8
         st_i64(place, ld_i64(place) + (cute.arch.globaltimer() - start))
-
-
-def start_next_kernel():
-    """The next kernel's CTAs may come to the SMs now; they wait for the end of this one.
-
-    Not before the waits for peers are over: CTAs that hold an SM and wait behind a kernel that waits for a peer could
-    keep that peer's kernels from running, where ranks share a GPU.
-    """
-    cute.arch.griddepcontrol_launch_dependents()

@@ -94,7 +94,9 @@ class Receive:
 
     @cute.jit
     def __call__(self, g: Group, args: ReceiveArgs, stream: cuda.CUstream):
-        self.kernel(g, args).launch(grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)
+        self.kernel(g, args).launch(
+            grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True
+        )
 
     @cute.kernel
     def kernel(self, g: Group, a: ReceiveArgs):
@@ -105,6 +107,7 @@ class Receive:
         peers = sm.peers.get_tensor(cute.make_layout(MAX_RANKS))
         begins = sm.begins.get_tensor(cute.make_layout(MAX_RANKS))
         counts = sm.counts.get_tensor(cute.make_layout(MAX_RANKS))
+        cute.arch.griddepcontrol_wait()  # the sending launch of this rank ends with the matrix
         epoch = read_epoch(g, "dispatch")
         reached = Boolean(True)
         if tid < g.ranks:
@@ -284,5 +287,6 @@ def program(config) -> Program:
         args=(fake_args(Group), fake_args(ReceiveArgs), cuda.CUstream(0)),
         threads=THREADS,
         smem_bytes=kernel.Smem.size_in_bytes(),
+        pdl=True,
         params=param_kinds(Group) + param_kinds(ReceiveArgs),
     )

@@ -39,6 +39,7 @@ from .verbs import (
     report,
     send_count,
     signal_peers,
+    start_next_kernel,
     wait_count,
     wait_flag,
 )
@@ -118,6 +119,7 @@ class Send:
                 self.make_lists(g, a, sm, epoch)
             if first >= 0:
                 self.copy_in(g, a, first * SEND_THREADS + tid, helpers * SEND_THREADS)
+        start_next_kernel()
         if last_to_arrive(g, ARRIVALS["dispatch_send"], flag):
             if not aborted(g):
                 signal_peers(g, Int64(DISPATCH_READY), epoch)

@@ -200,3 +200,12 @@ def copy_vectors(target, source, vectors, thread, threads):
         lambda i: ld_vector(source + i * 16),
         lambda i, words: ptx.st_global(target + i * 16, *words),
     )
+
+
+def start_next_kernel():
+    """The next kernel's CTAs may come to the SMs now; they wait for the end of this one.
+
+    Not before the waits for peers are over: CTAs that hold an SM and wait behind a kernel that waits for a peer could
+    keep that peer's kernels from running, where ranks share a GPU.
+    """
+    cute.arch.griddepcontrol_launch_dependents()

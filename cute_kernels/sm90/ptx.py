@@ -180,6 +180,11 @@ def add_product(total, x, y):
     )
 
 
+def add_bf16x2(a, b):
+    """Sums of two pairs of bf16, to nearest even."""
+    return cute.arch.inline_ptx("add.rn.bf16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[a, b])
+
+
 def barrier_or(value, barrier_id: int = 0, threads: int | None = None):
     """A barrier of `threads` (None: all of the CTA) that tells each of them whether the value of any was not 0."""
     place = f"{barrier_id}" if threads is None else f"{barrier_id}, {threads}"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cutehop.comm.config import EpConfig
+from cutehop.comm.kernels import config as sizes
 from cutehop.comm.layout import EpLayout
 from tests.ep_cases import CASES, MAX_TOKENS, EpCase, EpInputs, check_case
 from tests.ep_gpu_work import (
@@ -81,6 +82,21 @@ def run_cases(group, rank, device):
 @pytest.mark.gpu
 def test_cases(gpu_ranks, ranks):
     assert gpu_ranks(ranks).run(run_cases, "cuda", timeout=200) == [len(CASES) + len(FURTHER)] * ranks
+
+
+def run_cases_as_large_ones(group, rank, device):
+    """As if rows were many: all SMs copy those from elsewhere."""
+    before, sizes.COPY_BYTES = sizes.COPY_BYTES, 0
+    try:
+        return run_cases(group, rank, device)
+    finally:
+        sizes.COPY_BYTES = before
+
+
+@pytest.mark.gpu
+def test_cases_as_large_ones(gpu_ranks, ranks):
+    found = gpu_ranks(ranks).run(run_cases_as_large_ones, "cuda", timeout=200)
+    assert found == [len(CASES) + len(FURTHER)] * ranks
 
 
 def mixed_sizes(ranks: int) -> list[Sizes]:
