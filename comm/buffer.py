@@ -264,23 +264,26 @@ class CudaBuffer(Buffer):
         topk = 0 if topk_weights is None else topk_weights.shape[1]
         combined_x, combined_weights = outputs.combined(y, topk_weights, handle.is_token_in_rank)
         biases = [aligned(bias) for bias in (bias_0, bias_1) if bias is not None]
-        senders = _in_place_ctas(ctas, topk_weights) if in_place else self._copiers(y, ctas, combine=True)
-        self._combine_send.launch(
-            (senders, 1, 1),
-            stream,
-            *self._memory.group_args,
-            matrix,
-            0 if in_place else y.data_ptr(),
-            row_bytes,
-            address(topk_weights),
-            topk,
-            self.config.recv_rows,
-            *self._combine_regions,
-        )
+        sends = not in_place or topk_weights is not None  # else there is nothing to copy
+        if sends:
+            self._combine_send.launch(
+                (ctas if in_place else self._copiers(y, ctas, combine=True), 1, 1),
+                stream,
+                *self._memory.group_args,
+                matrix,
+                0 if in_place else y.data_ptr(),
+                row_bytes,
+                address(topk_weights),
+                topk,
+                self.config.recv_rows,
+                *self._combine_regions,
+            )
         self._combine_receive.launch(
             (ctas, 1, 1),
             stream,
             *self._memory.group_args,
+            int(not sends),
+            self.config.recv_rows,
             matrix,
             handle.send_row.data_ptr(),
             combined_x.shape[0],

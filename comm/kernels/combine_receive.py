@@ -9,6 +9,8 @@ Grid (SMs, 1, 1), 608 threads. Once all peers' outputs stand:
     3 loaders   one lane each: bulk loads for a team, a token at a time, piece by piece, ranks ascending
     4 others    add the top-k weights, by ordinary loads
 
+A call whose outputs stand in the memory already, without weights, is this launch alone.
+
 Pipelines, one per team, a stage per piece: `full` (the loader arrives once and expects the bytes), `empty` (each warp
 of the team arrives once its lanes have read). Shared memory: 3 rings of 72 KiB. Bound by memory or the link: each row
 is read once. The last CTA to be done acknowledges to all peers and ends the epoch.
@@ -28,6 +30,7 @@ from ...cute_kernels.sm90 import ptx
 from ...cute_kernels.sm90.address import ld_f32, ld_i32, ld_vector, st_i32
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import LINE, MAX_RANKS
+from .combine_send import may_send
 from .config import MAX_STAGES, PIECE_BYTES, TEAM_RING_BYTES, TEAM_WARPS, TEAMS, WEIGHT_WARPS
 from .verbs import (
     ARRIVALS,
@@ -42,6 +45,7 @@ from .verbs import (
     may_proceed,
     peer_base,
     read_epoch,
+    set_flag,
     signal_peers,
     wait_flag,
 )
@@ -56,6 +60,8 @@ VECTORS = PIECE_BYTES // STRIDE  # 16-byte vectors of a piece per lane
 class CombineReceiveArgs:
     """Kernel parameters in launch order. Addresses of 0 stand for what a call does not have."""
 
+    sends: Int32  # 1: my outputs stand in the memory already, and this launch says so; 0: one before it did
+    max_recv_rows: Int32  # that fit into the memory
     matrix: Int64  # int32 (ranks, ranks)
     send_row: Int64  # int32 (tokens, ranks)
     tokens: Int32
@@ -102,21 +108,25 @@ class CombineReceive:
         flag = sm.flag.data_ptr()
         y = sm.y.get_tensor(cute.make_layout(MAX_RANKS))
         weights = sm.weights.get_tensor(cute.make_layout(MAX_RANKS))
+        if a.sends != 0:
+            cute.arch.griddepcontrol_wait()
         epoch = read_epoch(g, "combine")
-        reached = Boolean(True)
-        if tid < g.ranks:
+        fits, reached = may_send(g, a), Boolean(True)
+        if (tid < g.ranks) & fits:
             before = Int32(0)
             if g.rank > 0:
                 before = ld_i32(a.matrix + Int64((g.rank - 1) * g.ranks + tid) * 4)
             base = peer_base(g, tid)
             y[tid] = base + a.y_offset + Int64(before) * a.row_bytes
             weights[tid] = base + a.weights_offset + Int64(before) * a.weight_row_bytes
+            if (a.sends != 0) & (cta == 0):
+                set_flag(base + COMBINE_READY + g.rank * LINE, epoch)
             reached = wait_flag(g, g.own + COMBINE_READY + tid * LINE, epoch, tid, PHASE["combine_ready"])
         if tid < TEAMS * MAX_STAGES:
             cute.arch.mbarrier_init(sm.full.data_ptr() + tid, 1)
             cute.arch.mbarrier_init(sm.empty.data_ptr() + tid, TEAM_WARPS)
         cute.arch.mbarrier_init_fence()
-        if may_proceed(g, reached):
+        if may_proceed(g, reached & fits):
             # What peers stored in the generic proxy is read by bulk copies, in the async proxy.
             cute.arch.fence_proxy("async.global")
             if warp < ADDERS:

@@ -71,12 +71,8 @@ class CombineSend:
         reached = Boolean(True)
         if tid < g.ranks:
             reached = wait_flag(g, g.own + COMBINE_ACK + tid * LINE, epoch - 1, tid, PHASE["combine_ack"])
-        rows = ld_i32(a.matrix + Int64((g.ranks - 1) * g.ranks + g.rank) * 4)
-        if (rows < 0) | (rows > a.max_recv_rows):  # a handle of another buffer, or of a call that was lost
-            if tid == 0:
-                report(g, g.rank, PHASE["rows"], rows, a.max_recv_rows, Int64(0))
-            reached = Boolean(False)
-        if may_proceed(g, reached):
+        if may_proceed(g, reached & may_send(g, a)):
+            rows = rows_of(g, a)
             thread, threads = cta * SEND_THREADS + tid, ctas * SEND_THREADS
             if a.y != 0:
                 copy_vectors(g.own + a.y_offset, a.y, Int64(rows) * a.row_bytes // 16, thread, threads)
@@ -93,6 +89,23 @@ class CombineSend:
         if last_to_arrive(g, ARRIVALS["combine_send"], flag):
             if not aborted(g):
                 signal_peers(g, Int64(COMBINE_READY), epoch)
+
+
+def rows_of(g: Group, a):
+    """Rows that my experts have received."""
+    return ld_i32(a.matrix + Int64((g.ranks - 1) * g.ranks + g.rank) * 4)
+
+
+@cute.jit
+def may_send(g: Group, a):
+    """By all threads: whether the memory holds the rows. Not if the handle is of another buffer, or of a call that was
+    lost; that is reported then. a: has matrix and max_recv_rows."""
+    tid, _, _ = cute.arch.thread_idx()
+    rows = rows_of(g, a)
+    fits = (rows >= 0) & (rows <= a.max_recv_rows)
+    if (not fits) & (tid == 0):
+        report(g, g.rank, PHASE["rows"], rows, a.max_recv_rows, Int64(0))
+    return fits
 
 
 def program(config) -> Program:

@@ -268,16 +268,14 @@ class ExpertParallelMoE(nn.Module):
         return _ops.ep_combine(y, None, shared, None, prefix, src_idx, in_rank, send_row, self.buffer)[0]
 
     def _low_latency(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
-        buffer, k, fp8 = self.low_latency_buffer, topk_idx.shape[1], self.experts.is_fp8
+        buffer, fp8 = self.low_latency_buffer, self.experts.is_fp8
         if buffer is None:
             raise ValueError(
                 "ExpertParallelMoE: low_latency=True without a low-latency buffer; pass low_latency_buffer="
             )
-        epoch = _ops.ep_ll_dispatch_send(x, topk_idx, buffer, fp8)
-        rows, scales, counts, src_info, layout_range, *places = _ops.ep_ll_dispatch_recv(epoch, buffer, k, fp8)
+        rows, scales, counts, src_info, layout_range, *places = _ops.ep_ll_dispatch(x, topk_idx, buffer, fp8)
         y = self.experts(rows, scales if fp8 else None, counts, self._expected_rows(topk_idx))
-        epoch = _ops.ep_ll_combine_send(y, src_info, layout_range, counts, *places, buffer, k)
-        return _ops.ep_ll_combine_recv(epoch, topk_idx, topk_weights, buffer)
+        return _ops.ep_ll_combine(y, src_info, layout_range, counts, *places, topk_idx, topk_weights, buffer)
 
     def _local(
         self, x: Tensor, scales: Tensor | None, topk_idx: Tensor, topk_weights: Tensor, expected_rows: int

@@ -1,4 +1,5 @@
-"""Low-latency ops of expert parallelism: `cutehop::ep_ll_dispatch_send`, `ep_ll_dispatch_recv`, `ep_ll_combine_send`,
+"""Low-latency ops of expert parallelism: `cutehop::ep_ll_dispatch` and `ep_ll_combine`, and their halves for programs
+that do something else between send and receive, `ep_ll_dispatch_send`, `ep_ll_dispatch_recv`, `ep_ll_combine_send`,
 `ep_ll_combine_recv`.
 
 A buffer, the name of a cutehop.comm.ll_base.LowLatencyBuffer, is for R ranks, E experts, L = E / R of them on each
@@ -31,7 +32,13 @@ ep_ll_combine_recv(epoch, topk_idx, topk_weights, buffer, use_logfmt=False) -> c
     topk_weights             float32 (n, k), contiguous.  use_logfmt: of the send.
     Returns bfloat16 (n, H).
 
-torch.compile drops no call of the four, used or not, and keeps their order (cutehop.ops.ep says what its inductor
+ep_ll_dispatch(x, topk_idx, buffer, use_fp8=True, round_scale=False, use_ue8m0=False)
+        -> (recv_x, recv_scales, recv_count, src_info, layout_range, send_slot, choice_rows)
+ep_ll_combine(y, src_info, layout_range, recv_count, send_slot, choice_rows, topk_idx, topk_weights, buffer,
+        use_logfmt=False) -> combined_x
+    Both halves, in one launch on a GPU, which takes less time. All ranks call ep_ll_combine, or all its halves.
+
+torch.compile drops no call of them, used or not, and keeps their order (cutehop.ops.ep says what its inductor
 backend needs for that). Shapes come from the buffer, which is looked up by its name when a graph is compiled and again
 when a call runs. There are no gradients: an input that requires one raises NotImplementedError while autograd records.
 
@@ -101,6 +108,31 @@ def _results(got: LlDispatched) -> Outputs:
     return x, scales, got.recv_count, handle.src_info, handle.layout_range, handle.send_slot, handle.choice_rows
 
 
+def _dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    buffer: str,
+    use_fp8: bool = True,
+    round_scale: bool = False,
+    use_ue8m0: bool = False,
+) -> Outputs:
+    core = find(buffer)
+    return _results(core.dispatch(x, topk_idx, use_fp8=use_fp8, round_scale=round_scale, use_ue8m0=use_ue8m0))
+
+
+def _dispatch_fake(
+    x: Tensor,
+    topk_idx: Tensor,
+    buffer: str,
+    use_fp8: bool = True,
+    round_scale: bool = False,
+    use_ue8m0: bool = False,
+) -> Outputs:
+    core = find(buffer)
+    checks.check_dispatch_send(core.config, core.device, x, topk_idx, use_fp8, round_scale, use_ue8m0)
+    return _results(empty_dispatched(core.config, x, use_fp8, use_ue8m0))
+
+
 def _combine_send(
     y: Tensor,
     src_info: Tensor,
@@ -147,6 +179,41 @@ def _combine_recv_fake(
     return empty_combined(core.config, topk_weights)
 
 
+def _combine(
+    y: Tensor,
+    src_info: Tensor,
+    layout_range: Tensor,
+    recv_count: Tensor,
+    send_slot: Tensor,
+    choice_rows: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    buffer: str,
+    use_logfmt: bool = False,
+) -> Tensor:
+    handle = LlHandle(src_info, layout_range, recv_count, send_slot, choice_rows)
+    return find(buffer).combine(y, handle, topk_idx, topk_weights, use_logfmt=use_logfmt)
+
+
+def _combine_fake(
+    y: Tensor,
+    src_info: Tensor,
+    layout_range: Tensor,
+    recv_count: Tensor,
+    send_slot: Tensor,
+    choice_rows: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    buffer: str,
+    use_logfmt: bool = False,
+) -> Tensor:
+    core = find(buffer)
+    handle = LlHandle(src_info, layout_range, recv_count, send_slot, choice_rows)
+    checks.check_combine_send(core.config, core.device, y, *handle, topk_idx.shape[1])
+    checks.check_combine_inputs(core.config, core.device, topk_idx, topk_weights, None, None)
+    return empty_combined(core.config, topk_weights)
+
+
 def _refuse_gradient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> NoReturn:
     """torch calls this only where autograd records."""
     raise NotImplementedError(
@@ -163,18 +230,25 @@ def _define(name: str, schema: str, body: Callable[..., Any], fake: Callable[...
     define_ordered(name, schema, body=body, fake=fake, setup_context=_refuse_gradient, backward=_no_backward)
 
 
+SENT = "Tensor x, Tensor topk_idx, str buffer, bool use_fp8=True, bool round_scale=False, bool use_ue8m0=False"
+RECEIVED = f"Tensor recv_x, Tensor recv_scales, Tensor recv_count, {HANDLE.replace('Tensor recv_count, ', '')}"
+_define("ep_ll_dispatch", f"({SENT}) -> ({RECEIVED})", _dispatch, _dispatch_fake)
+_define(
+    "ep_ll_combine",
+    f"(Tensor y, {HANDLE}, Tensor topk_idx, Tensor topk_weights, str buffer, bool use_logfmt=False)"
+    " -> Tensor combined_x",
+    _combine,
+    _combine_fake,
+)
 _define(
     "ep_ll_dispatch_send",
-    "(Tensor x, Tensor topk_idx, str buffer, bool use_fp8=True, bool round_scale=False, bool use_ue8m0=False)"
-    " -> Tensor epoch",
+    f"({SENT}) -> Tensor epoch",
     _dispatch_send,
     _dispatch_send_fake,
 )
 _define(
     "ep_ll_dispatch_recv",
-    "(Tensor epoch, str buffer, int num_topk, bool use_fp8=True, bool use_ue8m0=False) -> (Tensor recv_x,"
-    " Tensor recv_scales, Tensor recv_count, Tensor src_info, Tensor layout_range, Tensor send_slot,"
-    " Tensor choice_rows)",
+    f"(Tensor epoch, str buffer, int num_topk, bool use_fp8=True, bool use_ue8m0=False) -> ({RECEIVED})",
     _dispatch_recv,
     _dispatch_recv_fake,
 )

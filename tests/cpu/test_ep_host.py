@@ -171,6 +171,24 @@ def test_rows_in_place_are_not_copied(buffer, launches):
     assert [(call.of.x, call.grid[0]) for call in sent] == [(0, 1), (0, 16)]
 
 
+def test_a_combine_in_place_is_one_launch(buffer, launches):
+    """It says itself that the outputs stand, unless there are weights to copy."""
+    x, *others = arguments()
+    got = buffer.dispatch(x, *others, num_worst_tokens=WORST)
+    y = torch.zeros(WORST, 256).bfloat16()
+    for rows, weights, names, sends in (
+        (None, None, ["combine_receive_kernel"], 1),
+        (None, got.recv_topk_weights, ["combine_send_kernel", "combine_receive_kernel"], 0),
+        (y, None, ["combine_send_kernel", "combine_receive_kernel"], 0),
+    ):
+        given = buffer.combine_input(got.handle) if rows is None else rows
+        launches.clear()
+        buffer.combine(given, got.handle, weights)
+        assert [launch.kernel for launch in launches] == names
+        assert launches[-1].of.sends == sends
+        assert launches[-1].of.max_recv_rows == buffer.config.recv_rows
+
+
 def test_many_rows_from_elsewhere_are_copied_by_all_sms(buffer, launches, monkeypatch):
     """One CTA waits for their readers before; whatever else waits has the call's number."""
     x, *others = arguments()

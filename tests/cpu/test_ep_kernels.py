@@ -23,7 +23,7 @@ STORING = ("receive", "ll_dispatch+send", "ll_dispatch+receive", "ll_combine+sen
 RINGS = ("receive", "ll_combine+send")  # a stage is loaded again once its last store has read it
 PULLING = ("receive", "combine_receive")  # reads peers' memory
 # What peers read once they see its flag.
-WRITING = ("send", "combine_send", "ll_dispatch+send", "ll_combine+send", "ll_combine_coded+send")
+WRITING = ("send", "combine_send", "combine_receive", "ll_dispatch+send", "ll_combine+send", "ll_combine_coded+send")
 
 
 def name_of(variant) -> str:

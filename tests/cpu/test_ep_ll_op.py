@@ -38,7 +38,7 @@ def operands(buffer: GlooLowLatencyBuffer, name: str) -> dict:
     """Correct arguments of an op, by name. A receive gets the epoch of a send made for it."""
     x, topk_idx, weights, y = LlInputs(ONE).on(0, CPU)
     common = {"buffer": buffer.name}
-    if name == "ep_ll_dispatch_send":
+    if name in ("ep_ll_dispatch", "ep_ll_dispatch_send"):
         return {"x": x, "topk_idx": topk_idx, "use_fp8": False, **common}
     epoch = ops.ep_ll_dispatch_send(x, topk_idx, buffer.name, use_fp8=False)
     if name == "ep_ll_dispatch_recv":
@@ -48,11 +48,14 @@ def operands(buffer: GlooLowLatencyBuffer, name: str) -> dict:
     handle = dict(zip(names, rest, strict=True))
     if name == "ep_ll_combine_send":
         return {"y": y, **handle, "num_topk": 4, **common}
+    if name == "ep_ll_combine":
+        return {"y": y, **handle, "topk_idx": topk_idx, "topk_weights": weights, **common}
     epoch = ops.ep_ll_combine_send(y, **handle, num_topk=4, buffer=buffer.name)
     return {"epoch": epoch, "topk_idx": topk_idx, "topk_weights": weights, **common}
 
 
-OPS = ["ep_ll_dispatch_send", "ep_ll_dispatch_recv", "ep_ll_combine_send", "ep_ll_combine_recv"]
+HALVES = ["ep_ll_dispatch_send", "ep_ll_dispatch_recv", "ep_ll_combine_send", "ep_ll_combine_recv"]
+OPS = ["ep_ll_dispatch", "ep_ll_combine", *HALVES]
 
 
 class Still(GlooLowLatencyBuffer):
@@ -79,7 +82,7 @@ class Still(GlooLowLatencyBuffer):
 @pytest.mark.parametrize(
     ("op", "options"),
     # opcheck computes with results, which torch cannot in fp8: test_fakes_of_results looks at those.
-    [*((op, {}) for op in OPS), (OPS[0], {"use_fp8": True}), (OPS[0], {"use_fp8": True, "use_ue8m0": True})],
+    [*((op, {}) for op in OPS), (HALVES[0], {"use_fp8": True}), (HALVES[0], {"use_fp8": True, "use_ue8m0": True})],
 )
 def test_opcheck(group, op, options):
     still = Still(group, ONE.config())
@@ -94,10 +97,13 @@ def test_fakes_of_results(buffer, options):
     arguments = operands(buffer, "ep_ll_dispatch_send")
     epoch = ops.ep_ll_dispatch_send(**{**arguments, "use_fp8": True, **options})
     real = ops.ep_ll_dispatch_recv(epoch, buffer.name, 4, **options)
+    whole = ops.ep_ll_dispatch(**{**arguments, "use_fp8": True, **options})
     with FakeTensorMode() as mode:
         fake = ops.ep_ll_dispatch_recv(mode.from_tensor(epoch), buffer.name, 4, **options)
-    assert len(real) == len(fake) == 7
-    for r, f in zip(real, fake):
+        given = {n: mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for n, a in arguments.items()}
+        fake_whole = ops.ep_ll_dispatch(**{**given, "use_fp8": True, **options})
+    assert len(real) == len(fake) == len(whole) == len(fake_whole) == 7
+    for r, f in zip((*real, *whole), (*fake, *fake_whole)):
         assert (r.shape, r.dtype, r.stride(), r.device) == (f.shape, f.dtype, f.stride(), f.device)
 
 
@@ -122,6 +128,11 @@ def test_ops_do_what_the_buffer_does(group, rows):
     check_received(inputs, 0, ll_outputs.LlDispatched(recv_x, scales if scales.numel() else None, count, handle))
     epoch = ops.ep_ll_combine_send(y, *handle, made.name, 4)
     assert same_bits(ops.ep_ll_combine_recv(epoch, topk_idx, weights, made.name), inputs.combined()[0])
+    got = ops.ep_ll_dispatch(x, topk_idx, made.name, **options)
+    recv_x, scales, count, src_info, layout_range, *places = got
+    handle = ll_outputs.LlHandle(src_info, layout_range, count, *places)
+    check_received(inputs, 0, ll_outputs.LlDispatched(recv_x, scales if scales.numel() else None, count, handle))
+    assert same_bits(ops.ep_ll_combine(y, *handle, topk_idx, weights, made.name), inputs.combined()[0])
     small = y * 2.0**-14
     epoch = ops.ep_ll_combine_send(small, *handle, made.name, 4, use_logfmt=True)
     combined = ops.ep_ll_combine_recv(epoch, topk_idx, weights, made.name, use_logfmt=True)
@@ -137,7 +148,7 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
 
 X, IDX, WEIGHTS = torch.zeros(8, 256).bfloat16(), torch.zeros(8, 4, dtype=torch.int64), torch.zeros(8, 4)
 Y, SLOT, EPOCH = torch.zeros(4, 16, 256).bfloat16(), torch.zeros(4, 16, dtype=torch.int32), torch.ones(1).int()
-SEND, RECV, HOME, SUM = OPS
+WHOLE, WHOLE_HOME, SEND, RECV, HOME, SUM = OPS
 
 # (op, argument, bad value, error, what its message says)
 BAD = [
@@ -163,6 +174,10 @@ BAD = [
     (HOME, {"src_info": SLOT[:3]}, ValueError, r"src_info has shape \(3, 16\)"),
     (HOME, {"recv_count": EPOCH}, ValueError, r"recv_count has shape \(1,\), needs \(4,\)"),
     (HOME, {"num_topk": 0}, ValueError, "0 choices per token"),
+    (WHOLE, {"x": X.float()}, TypeError, "x is torch.float32"),
+    (WHOLE_HOME, {"y": Y.half()}, TypeError, "y is torch.float16"),
+    (WHOLE_HOME, {"choice_rows": SLOT}, ValueError, r"choice_rows has shape \(4, 16\)"),
+    (WHOLE_HOME, {"topk_weights": WEIGHTS[:3]}, ValueError, "rows of topk_weights 3, needs 8"),
     (SUM, {"topk_weights": WEIGHTS.double()}, TypeError, "topk_weights is torch.float64"),
     (SUM, {"topk_weights": WEIGHTS[:3]}, ValueError, "rows of topk_weights 3, needs 8"),
     (SUM, {"topk_weights": WEIGHTS[:, :3].contiguous()}, ValueError, "columns of topk_weights 3, needs 4"),
@@ -208,10 +223,10 @@ def test_statistics_of_other_types_raise(buffer):
     buffer.dispatch_receive(epoch, num_topk=4)
 
 
-@pytest.mark.parametrize("op", [SEND, HOME, SUM])
+@pytest.mark.parametrize("op", [WHOLE, WHOLE_HOME, SEND, HOME, SUM])
 def test_gradients_are_refused(buffer, op):
     given = operands(buffer, op)
-    name = {SEND: "x", HOME: "y", SUM: "topk_weights"}[op]
+    name = {WHOLE: "x", WHOLE_HOME: "topk_weights", SEND: "x", HOME: "y", SUM: "topk_weights"}[op]
     given[name] = given[name].clone().requires_grad_()
     with pytest.raises(NotImplementedError, match="low-latency ops do not have"):
         getattr(ops, op)(**given)

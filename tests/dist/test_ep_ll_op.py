@@ -21,6 +21,12 @@ def layer(buffer: str, k: int, x, topk_idx, weights, scale):
     return ops.ep_ll_combine_recv(epoch, topk_idx, weights, buffer)
 
 
+def layer_of_wholes(buffer: str, k: int, x, topk_idx, weights, scale):
+    """The same with both halves of each in one op."""
+    recv_x, _, count, src_info, layout_range, *places = ops.ep_ll_dispatch(x, topk_idx, buffer, use_fp8=False)
+    return ops.ep_ll_combine(recv_x * scale, src_info, layout_range, count, *places, topk_idx, weights, buffer)
+
+
 def compiled_layer(group, rank, device, backend):
     """Batches of several sizes through one graph; experts double their rows, so all of a token are known."""
     case = LlCase(tokens=(16, 7), rows="bf16", routing="some")
@@ -28,12 +34,13 @@ def compiled_layer(group, rank, device, backend):
     x, topk_idx, weights, _ = inputs.on(rank, buffer.device)
     scale = torch.full((1,), 2.0, dtype=torch.bfloat16, device=buffer.device)
     torch.compiler.reset()
-    step = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
-    for n in (len(x), 5, 2):
-        got = step(buffer.name, case.k, x[:n], topk_idx[:n], weights[:n], scale)
-        rows = (2 * x[:n]).float()[:, None].expand(-1, case.k, -1)
-        home = home_ranks(topk_idx[:n], case.experts, case.local_experts)
-        assert same_bits(got, weighted_sum(rows, weights[:n], home).cpu())
+    for each in (layer, layer_of_wholes):
+        step = torch.compile(each, backend=backend, fullgraph=True, dynamic=True)
+        for n in (len(x), 5, 2):
+            got = step(buffer.name, case.k, x[:n], topk_idx[:n], weights[:n], scale)
+            rows = (2 * x[:n]).float()[:, None].expand(-1, case.k, -1)
+            home = home_ranks(topk_idx[:n], case.experts, case.local_experts)
+            assert same_bits(got, weighted_sum(rows, weights[:n], home).cpu())
     assert buffer.outstanding == 0
     buffer.destroy()
 

@@ -113,11 +113,11 @@ class RankBench:
         }
 
     def _low_latency(self, idx: Tensor, weights: Tensor) -> dict[str, Callable[[], Tensors]]:
-        layer, x, name, fp8, k = self.layer, self.x, self.buffer.name, self.setting.fp8, self.setting.topk
+        layer, x, name, fp8 = self.layer, self.x, self.buffer.name, self.setting.fp8
         mean = layer._expected_rows(idx)
 
         def dispatch() -> tuple[Tensor, ...]:
-            return _ops.ep_ll_dispatch_recv(_ops.ep_ll_dispatch_send(x, idx, name, fp8), name, k, fp8)
+            return _ops.ep_ll_dispatch(x, idx, name, fp8)
 
         rows, scales, counts, src_info, layout_range, *places = dispatch()
 
@@ -127,8 +127,7 @@ class RankBench:
         (y,) = experts()
 
         def combine() -> Tensors:
-            epoch = _ops.ep_ll_combine_send(y, src_info, layout_range, counts, *places, name, k)
-            return (_ops.ep_ll_combine_recv(epoch, idx, weights, name),)
+            return (_ops.ep_ll_combine(y, src_info, layout_range, counts, *places, idx, weights, name),)
 
         return {"dispatch": dispatch, "experts": experts, "combine": combine}
 
