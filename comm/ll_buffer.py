@@ -102,7 +102,8 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
                 found[function, config.coded][parts] = function(config, stream)
         self._dispatch_kernels = found[kernels.ll_dispatch_kernel, False]
         self._combine_kernels = [found[kernels.ll_combine_kernel, coded] for coded in (False, True)]  # by use_logfmt
-        self._combine_whole = found[kernels.ll_combine_whole_kernel, False].get(BOTH)
+        whole = found[kernels.ll_combine_whole_kernel, False].get(BOTH)
+        self._combine_whole = whole if self.config.adds_up else None
         self._mask_kernels = found[kernels.ll_mask_kernel, False]
 
     def _join_nvshmem(self) -> None:
@@ -296,11 +297,12 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
             topk_weights.data_ptr(), *topk_idx.shape, self.config.hidden, out.data_ptr(), address(wait_stats),
             *self._whole_args,
         )  # fmt: skip
-        self._launch(kernel, self._combining_ctas(topk_idx), values)
+        # Other ranks' tokens are not known here; as many as mine is the best guess.
+        self._launch(kernel, self._combining_ctas(topk_idx.shape[0] * max(self.ranks - 1, 1)), values)
 
-    def _combining_ctas(self, topk_idx: Tensor) -> int:
-        """CTAs that add up my tokens."""
-        items = topk_idx.shape[0] * -(-self.config.hidden // 256)
+    def _combining_ctas(self, tokens: int) -> int:
+        """CTAs that add up rows of tokens."""
+        items = tokens * -(-self.config.hidden // 256)
         return max(1, min(self.num_sms, -(-items // sizes.REDUCE_WARPS)))
 
     def _sending_home(
@@ -327,7 +329,7 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
             self.config.hidden, *self._coding, self._limits_offset, out.data_ptr(), address(wait_stats),
             *self._receive_home_args,
         )  # fmt: skip
-        return self._combining_ctas(topk_idx), values
+        return self._combining_ctas(topk_idx.shape[0]), values
 
     def _mask(self) -> Tensor:
         """int32 (R,) view of the mask, which kernels read and write."""

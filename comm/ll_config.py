@@ -15,6 +15,7 @@ GROUP = 128  # columns under one scale
 MAX_TOPK = 16
 MAX_HIDDEN = 32768  # a record has to fit into shared memory several times
 MAX_SEND_SLOTS = 2**31 - 1  # ranks * max_tokens * max_topk is an int32
+MOST_ADDING = 4  # ranks of a group in which the experts' ranks add up a token's rows (kernels/ll_combine_whole.py)
 FEW_TOKENS = 8  # up to so many are dispatched as words with an epoch (kernels/ll_words.py)
 
 
@@ -111,6 +112,12 @@ class LlConfig:
         return round_up(2 * self.ranks * min(FEW_TOKENS, self.max_tokens) * self.record_bytes, ROW_ALIGN)
 
     @property
+    def adds_up(self) -> bool:
+        """Whether combine in one launch, to mapped peers, asks for sums. With more ranks a token has about one row on
+        each, which nothing is gained by adding up: 8 ranks on one GPU take a third longer."""
+        return self.ranks <= MOST_ADDING and not self.elastic
+
+    @property
     def asks_bytes(self) -> int:
         """What all ranks ask in one combine: weight and expert of each choice of each token, each with its epoch."""
         return round_up(16 * self.rows * self.max_topk, ROW_ALIGN)
@@ -142,8 +149,7 @@ class LlConfig:
 class LlLayout:
     """Regions of one rank under `config`, as layout.EpLayout has them for the normal mode.
 
-    remote: with an outbox, which peers that NVSHMEM reaches need, last in the heap. Without, and if the config is not
-        elastic, there are asks and sums, for combine in one launch.
+    remote: with an outbox, which peers that NVSHMEM reaches need, last in the heap, and without asks and sums.
     regions: heap before host, by ascending offset. control_bytes: flags and counters, zero before the first call.
     """
 
@@ -168,7 +174,7 @@ class LlLayout:
         self.control_bytes = heap.end
         self.data = heap.rows("data", SLOTS, config.slot_bytes, "peers push records or rows; I read")
         self.words = heap.rows("words", SLOTS, config.words_bytes, "records of few tokens: {word, epoch}; I poll")
-        if not (config.elastic or remote):
+        if config.adds_up and not remote:
             self.asks = heap.rows("asks", SLOTS, config.asks_bytes, "peer s asks for its tokens' sums; I poll")
             self.sums = heap.rows("sums", 1, config.sums_bytes, "peers write sums that I asked for; I poll, write -0.0")
         if remote:

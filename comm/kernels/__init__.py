@@ -86,14 +86,13 @@ def ll_variants(elastic: bool = False, remote: bool = False) -> Iterator[tuple[C
     remote: they reach peers through NVSHMEM. RuntimeError if it is not installed.
     """
     which = nvshmem_library.version() if remote else ""
-    plain = not (elastic or remote)
     families = ((ll_dispatch_kernel, False), (ll_combine_kernel, False), (ll_combine_kernel, True))
     wanted = [(function, parts, coded) for function, coded in families for parts in PARTS]
+    if not (elastic or remote):
+        wanted.append((ll_combine_whole_kernel, BOTH, False))
     if elastic:
         wanted.append((ll_mask_kernel, MASK, False))
     for function, parts, coded in wanted:
-        if plain and function is ll_combine_kernel and parts == BOTH and not coded:
-            function = ll_combine_whole_kernel
         made = (parts.sends, parts.receives, elastic, coded)
         yield function, RemoteParts(*made, which) if remote else Parts(*made), parts
 

@@ -1,5 +1,5 @@
-"""Low-latency combine: send, receive, or both in one launch, which is for the builds that ll_combine_whole.py has none
-of: with LogFMT, ranks that may be left out, or peers that are not mapped.
+"""Low-latency combine: send, receive, or both in one launch where ll_combine_whole.py does not do that: with LogFMT,
+ranks that may be left out, peers that are not mapped, or many ranks.
 
 Grid (g, 1, 1), 512 threads; sending alone 256. In one launch a CTA receives when it has sent its share; all CTAs have
 to be on the GPU at once then, since they wait for a flag that their last one sets.

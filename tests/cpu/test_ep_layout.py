@@ -263,17 +263,21 @@ def test_a_bound_that_is_no_int_is_refused():
 
 
 def test_low_latency_memory_of_deepseek():
-    """128 tokens per rank on 8 ranks in 80 MiB; words of few tokens, and sums, apart from all else."""
+    """128 tokens per rank on 8 ranks in 64 MiB, and the words of few tokens apart from all else."""
     layout = LlLayout(LlConfig(8, 7168, 128, 256, 8))
-    assert layout.heap_bytes <= 80 * MiB
+    assert layout.heap_bytes <= 64 * MiB
     assert layout.words.item_bytes >= 2 * 8 * FEW_TOKENS * layout.config.record_bytes
     assert layout.words.offset >= layout.data.offset + SLOTS * layout.config.slot_bytes
+
+
+def test_low_latency_memory_of_sums():
+    """Of groups of up to 4 ranks whose combine in one launch asks for sums, apart from all else."""
+    config = LlConfig(4, 7168, 128, 256, 8)
+    layout = LlLayout(config)
+    assert layout.heap_bytes <= 80 * MiB
     assert layout.sums.item_bytes == 128 * 8 * 7168 * 2
-    assert layout.sums.offset >= layout.asks.offset + SLOTS * layout.config.asks_bytes
-
-
-def test_low_latency_memory_without_combine_in_one_launch():
-    """It is what asks for sums; elastic buffers and those over NVSHMEM have other kernels."""
-    config = LlConfig(8, 7168, 128, 256, 8)
-    for layout in (LlLayout(dataclasses.replace(config, elastic=True)), LlLayout(config, remote=True)):
-        assert not {"asks", "sums"} & {region.name for region in layout.regions}
+    assert layout.asks.offset >= layout.words.offset + SLOTS * config.words_bytes
+    assert layout.sums.offset >= layout.asks.offset + SLOTS * config.asks_bytes
+    others = [LlLayout(dataclasses.replace(config, **change)) for change in ({"ranks": 8}, {"elastic": True})]
+    for without in (*others, LlLayout(config, remote=True)):
+        assert not {"asks", "sums"} & {region.name for region in without.regions}
