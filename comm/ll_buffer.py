@@ -136,8 +136,8 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
             sums.view(torch.float32).fill_(-0.0)  # the kernel's mark of what has not come
             torch.cuda.current_stream(self.device).synchronize()  # calls may come on another stream
             self._whole_args = (
-                config.num_experts, local, config.max_tokens, config.max_topk, at.counts.item_bytes,
-                config.asks_bytes, at.asks.offset, at.sums.offset,
+                int(self._memory.shares_gpu), config.num_experts, local, config.max_tokens, config.max_topk,
+                at.counts.item_bytes, config.asks_bytes, at.asks.offset, at.sums.offset,
             )  # fmt: skip
         self._coding = (math.gcd(config.hidden, LOGFMT_CHUNK), config.limits_bytes)
         self._limits_offset = config.max_tokens * config.max_topk * config.row_bytes

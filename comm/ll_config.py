@@ -160,7 +160,7 @@ class LlLayout:
         self.abort = heap.lines("abort", 1, "mine alone: set where a deadline expired")
         self.ready = heap.lines("ready", SLOTS * ranks, "peer s stores epoch: its data stands; I poll")
         self.ack = heap.lines("ack", SLOTS * ranks, "peer r stores epoch: it has read what I sent; I poll")
-        self.epoch = heap.lines("epoch", 1, "mine alone: last send kernel of an operation adds one")
+        self.epoch = heap.lines("epoch", 1, "mine alone: a kernel of each operation adds one")
         self.arrivals = heap.lines("arrivals", len(LL_KERNELS), "mine alone: CTAs that are done")
         self.mask = heap.lines("mask", 1, "mine alone: int32 per rank, 1: left out (elastic)")
         self.verdict = heap.lines("verdict", SLOTS, "mine alone: int32 per rank, 2 epoch + left out (elastic)")
@@ -169,7 +169,8 @@ class LlLayout:
             "counts",
             SLOTS * config.ranks,
             config.counts_bytes,
-            "peer s writes {epoch, records and if they are few}, then {epoch, rows} of each of my experts; I poll",
+            "peer s writes {epoch, records and if they are few}, then {epoch, rows} of each of my experts; for sums "
+            "{epoch, tokens}; I poll",
         )
         self.control_bytes = heap.end
         self.data = heap.rows("data", SLOTS, config.slot_bytes, "peers push records or rows; I read")

@@ -78,6 +78,10 @@ class PeerMemory:
     def local(self) -> Tensor:
         return self._heap.local
 
+    @property
+    def shares_gpu(self) -> bool:
+        return self._sharers > 1
+
     def admit(self, kernels: Iterable[Kernel]) -> int:
         """Let these kernels call NVSHMEM, whose heap this is; the queue pair that they shall use."""
         world = self._heap.nvshmem()

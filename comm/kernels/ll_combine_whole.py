@@ -55,6 +55,7 @@ class LlCombineWholeArgs:
     hidden: Int32
     out: Int64  # out, bf16 (tokens, hidden)
     wait_stats: Int64  # int64 (ranks,), ns waited for each rank to ask, added to
+    shares_gpu: Int32  # 1: other ranks are on this GPU
     experts: Int32
     experts_per_rank: Int32
     max_tokens: Int32
@@ -104,6 +105,8 @@ class LlCombineWhole(Answerer, Adder):
             self.acknowledge(g, epoch, base, warp, lane)
             if go:
                 self.add_up(g, a, epoch, warp, lane)
+        if a.shares_gpu != 0:  # then no warp may let the next kernel come while others wait for peers
+            cute.arch.sync_threads()
         start_next_kernel()
 
     @cute.jit
@@ -115,6 +118,7 @@ class LlCombineWhole(Answerer, Adder):
         else:
             cute.arch.barrier(barrier_id=ANSWERED_BARRIER, number_of_threads=THREADS)
             ctas, _, _ = cute.arch.grid_dim()
+            # The counter of the receiving half, which never runs beside this kernel.
             counter, last = cute.make_ptr(Int32, g.own + ARRIVALS["combine_receive"], GMEM, assumed_align=4), Int32(1)
             if lane == 0:
                 last = Int32(cute.arch.atomic_add(counter, Int32(1), sem="relaxed", scope="gpu") == ctas - 1)

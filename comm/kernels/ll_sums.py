@@ -1,8 +1,8 @@
 """Words of sums that show by themselves that they have come, and the order of the sums of combine.
 
 Where a sum or a row is awaited its memory holds -0.0 in every word, 32 bits; whoever finds another value has the word.
-No sum is -0.0, since it begins with +0.0; of a row's two bf16 values the pair that would look like it is sent as
-zeros, which changes no sum. So nothing has to be ordered, no flag and no second word goes along, and who has read a
+A word that is -0.0 is sent as +0.0: no sum is, since it begins with +0.0, and for two bf16 values of a row that look
+like it zeros change no sum. So nothing has to be ordered, no flag and no second word goes along, and who has read a
 word puts -0.0 back. (NVIDIA's TensorRT-LLM sends the parts of its one-shot all-reduce like this.)
 """
 

@@ -17,7 +17,9 @@ from .verbs import Group
 PIECE = 32 * COLUMNS  # columns of a warp
 ROWS = 8  # whose loads are in flight together
 GROUP = 4  # rows that are looked at or left out together: a branch costs as much as a row's sums
+NONE = 31  # a lane that has no choice
 assert MAX_TOPK % ROWS == 0
+assert MAX_TOPK <= NONE
 
 
 class TokenRows:
@@ -52,8 +54,8 @@ class TokenRows:
 
     @cute.jit
     def in_a_list(self, of: Int32, lane: Int32):
-        """In lane u the number of the u-th choice of `of`, 31 for none: a lane without a choice."""
-        choice, u = Int32(31), Int32(0)
+        """In lane u the number of the u-th choice of `of`, NONE for none."""
+        choice, u = Int32(NONE), Int32(0)
         while of != 0:
             choice = lowest_bit(of) if lane == u else choice
             of &= of - 1
@@ -68,7 +70,7 @@ class TokenRows:
 
     @cute.jit
     def load_rows(self, a, rows: Int32, first: cutlass.Constexpr[int], column: Int32, batch: cute.Tensor):
-        """8 columns of rows first to first + 7 of a list, zeros for none."""
+        """8 columns of rows first to first + 7 of a list, zeros for none; a group that is left out is not looked at."""
         base, inside = a.y + Int64(column) * 2, column < a.hidden
         for group in cutlass.range_constexpr(0, ROWS, GROUP):
             if cutlass.const_expr(group == 0) or self.reaches(rows, first + group):
@@ -102,8 +104,11 @@ class TokenRows:
 
     @cute.jit
     def vector_at(self, a, places: Int64, of: Int32, piece: Int32, lane: Int32, k: cutlass.Constexpr[int]):
-        """Address of a lane's vector k of the sum for the choices `of`, which lies in the places of the first two; of
-        vector 0 of the row if there is one choice."""
+        """Address of a lane's vector k of the sum for the choices `of`; of vector 0 of the row if that is one.
+
+        A sum is twice as long as a row and lies piece after piece, in a piece vector 0 of all lanes and then vector 1:
+        its first half in the place of the first choice, the second in that of the second.
+        """
         row_bytes, rest = a.hidden * 2, of & (of - 1)
         choice, at = lowest_bit(of), piece * (PIECE * 2) + lane * 16
         if rest != 0:

@@ -14,34 +14,37 @@ from ..config import LINE
 from ..ll_config import SLOTS
 from .ll_remote import see_data, set_flag_of
 from .ll_verbs import ACK, MASK, READY, SEND_LIVE, TOLD, VERDICT, is_masked, line, note_live, slot_of
-from .verbs import GMEM, PHASE, Group, peer_base, wait_flag
+from .verbs import GMEM, PHASE, Group, aborted, peer_base, wait_flag
 
 GRACE_NS = 10_000_000  # for a peer that has begun to write before it could see that it is left out
 
 
 @cute.jit
 def peek_acks(g: Group, peer):
-    """A peer's acks of all slots, read before the epoch is known: nearly always the one in question stands already."""
-    seen = tuple(Int32(0) for _ in range(SLOTS))
+    """A peer's acks of all slots, read before the epoch is known: nearly always the one in question stands already. And
+    whether this rank has given up."""
+    seen, given_up = tuple(Int32(0) for _ in range(SLOTS)), Boolean(False)
     if const_expr(not g.elastic):
         if (peer >= 0) & (peer < g.ranks):
             seen = tuple(ld_relaxed(g.own + line(ACK, slot, peer)) for slot in range(SLOTS))
-    return seen
+            given_up = aborted(g)
+    return seen, given_up
 
 
 @cute.jit
-def wait_ack(g: Group, epoch, peer, seen):
+def wait_ack(g: Group, epoch, peer, peeked):
     """Wait until a peer has read what I sent into this slot; False: the rank has given up, or the peer is left out.
-    seen: of peek_acks."""
+    peeked: of peek_acks."""
     flag = g.own + line(ACK, epoch, peer)
     reached = Boolean(False)
     if const_expr(g.elastic):
         reached = poll_or_leave_out(g, flag, epoch - SLOTS, peer)
     else:
+        seen, given_up = peeked
         ack = seen[0]
         for slot in cutlass.range_constexpr(1, SLOTS):
             ack = seen[slot] if slot_of(epoch) == slot else ack
-        reached = ack - (epoch - SLOTS) >= 0
+        reached = (ack - (epoch - SLOTS) >= 0) & (not given_up)
         if not reached:
             reached = wait_flag(g, flag, epoch - SLOTS, peer, PHASE["ll_ack"])
     return reached

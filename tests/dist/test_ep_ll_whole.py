@@ -50,6 +50,24 @@ def test_many_calls(ranks_on, world, hidden):
     ranks_on(device)(ranks).run(many_calls, device, case, timeout=200)
 
 
+def nearly_as_many(group, rank, device, case):
+    """Ranks with one or two tokens less than this one, of more pieces than warps: another share of them falls to a CTA
+    than it expects before the others have asked."""
+    buffer = make_buffer(group, case.config(), device)
+    for n in range(9, 17):
+        for less in (1, 2):
+            check_whole(buffer, LlInputs(replace(case, tokens=(n, n - less), seed=n)))
+            check_whole(buffer, LlInputs(replace(case, tokens=(n - less, n), seed=n)))
+    buffer.destroy()
+
+
+@on_gpus
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_nearly_as_many_tokens(gpu_ranks, ranks):
+    case = LlCase(ranks=ranks, hidden=7168, local_experts=8, k=8, rows="bf16")
+    gpu_ranks(ranks).run(nearly_as_many, "cuda", case, timeout=200)
+
+
 def negative_zeros(group, rank, device, case):
     """Rows, products and sums of -0.0, which on a GPU marks what has not come; on rows that are alone and on others."""
     buffer = make_buffer(group, case.config(), device)
@@ -106,6 +124,8 @@ def one_does_not_combine(group, rank, device, case):
         got = buffer.dispatch(x, topk_idx, **FORMATS[case.rows])
         if rank != AWAY:
             buffer.combine(y, got.handle, topk_idx, weights)
+            for _ in range(2):  # in the stream behind it: they send nothing
+                buffer.dispatch(x, topk_idx, **FORMATS[case.rows])
             torch.cuda.synchronize()
             for call in (buffer.check, lambda: buffer.dispatch(x, topk_idx)):  # noqa: B023 - called at once
                 with pytest.raises(EpTimeoutError) as caught:
