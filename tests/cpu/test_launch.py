@@ -216,7 +216,11 @@ sys.exit(launch.main(["--ranks", "2", "--one-gpu", "a.py"]))
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_child_and_daemon(mps, number, code):
-    process = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True)
+    def heed() -> None:
+        """SIGINT, which a shell's background jobs are started to ignore."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True, preexec_fn=heed)
     assert process.stdout is not None
     with process.stdout as out:
         assert "share one GPU" in out.readline()
