@@ -10,7 +10,7 @@ from .ll_sums import COLUMNS, store_vector
 from .ll_token_rows import PIECE, ROWS, TokenRows
 from .ll_verbs import COUNTS, add_wait, slot_of
 from .ll_words import load_words, wait_words
-from .verbs import PHASE, Group, report, wait_count
+from .verbs import PHASE, Group, aborted, report, wait_count
 
 ASK_BYTES = 16  # {weight, epoch, expert, epoch}
 
@@ -39,19 +39,21 @@ class Answerer(TokenRows):
         """By all warps. False: what a rank has to ask has not come in time."""
         pieces, peers = self.pieces_of(a), g.ranks - 1
         # If all ranks have as many tokens it is known what comes first: it is read while the asking is under way.
-        held = self.share(a.tokens * pieces * peers)[0] + warp  # the piece whose rows are in `batch`, -1: any
+        held = self.share(a.tokens * pieces * peers)[0] + warp  # the piece whose rows are in `batch`, -1: of none to come
         known = held // pieces  # the turn whose rows are in `row`, `order` and `rows`
         source, token = self.turn(g, known)
         row = self.row_of(g, a, source, token if token < a.max_tokens else Int32(0), lane)
         order, rows = self.list_of(row, lane)
         batch = cute.make_rmem_tensor(4 * ROWS, Int32)
         self.load_rows(a, rows, 0, held % pieces * PIECE + lane * COLUMNS, batch)
-        tokens, start = Int32(0), cute.arch.globaltimer()  # of rank r in lane r
+        came, tokens, start = Boolean(True), Int32(0), cute.arch.globaltimer()  # of rank r in lane r
         if lane < g.ranks:
             tokens = wait_count(g, g.own + self.count_at(g, a, epoch, lane), epoch, lane, PHASE["ll_asks"])
             if tokens > a.max_tokens:  # no asking: the rank has made another call
                 report(g, lane, PHASE["ll_asks"], epoch, tokens, Int64(0))
                 tokens = Int32(0)
+            if tokens == 0:
+                came = not aborted(g)
             if warp == 0:
                 add_wait(a.wait_stats, lane, start)
         cute.arch.sync_warp()
@@ -59,7 +61,7 @@ class Answerer(TokenRows):
         begin, end = self.share(most * pieces * peers)
         turn, piece = (begin + warp) // pieces, (begin + warp) % pieces
         # asked: the turn whose asking is in `of`, `weights` and `places`.
-        asked, of, weights, places, came = Int32(-1), Int32(0), Float32(0.0), Int64(0), Boolean(True)
+        asked, of, weights, places = Int32(-1), Int32(0), Float32(0.0), Int64(0)
         for i in cutlass.range(begin + warp, end, REDUCE_WARPS, unroll=1):
             if turn != asked:
                 source, token = self.turn(g, turn)
