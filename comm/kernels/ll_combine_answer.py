@@ -39,7 +39,7 @@ class Answerer(TokenRows):
         """By all warps. False: what a rank has to ask has not come in time."""
         pieces, peers = self.pieces_of(a), g.ranks - 1
         # If all ranks have as many tokens it is known what comes first: it is read while the asking is under way.
-        held = self.share(a.tokens * pieces * peers)[0] + warp  # the piece whose rows are in `batch`, -1: of none to come
+        held = self.share(a.tokens * pieces * peers)[0] + warp  # the piece whose rows are in `batch`, -1: none
         known = held // pieces  # the turn whose rows are in `row`, `order` and `rows`
         source, token = self.turn(g, known)
         row = self.row_of(g, a, source, token if token < a.max_tokens else Int32(0), lane)
