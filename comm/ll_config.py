@@ -114,7 +114,7 @@ class LlConfig:
     @property
     def adds_up(self) -> bool:
         """Whether combine in one launch, to mapped peers, asks for sums. With more ranks a token has about one row on
-        each, which nothing is gained by adding up: 8 ranks on one GPU take a third longer."""
+        each, which nothing is gained by adding up (measured: README.md)."""
         return self.ranks <= MOST_ADDING and not self.elastic
 
     @property

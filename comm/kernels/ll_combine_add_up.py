@@ -2,11 +2,10 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64
+from cutlass import Float32, Int32, Int64
 
-from ...cute_kernels.sm90 import ptx
 from .config import REDUCE_WARPS
-from .ll_sums import COLUMNS, add_row, end_rank, load_vector, lowest_bit, take_vector
+from .ll_sums import COLUMNS, add_row, end_rank, load_vector, lowest_bit, store_total, take_vector
 from .ll_token_rows import PIECE, ROWS, TokenRows
 from .verbs import Group
 
@@ -82,7 +81,8 @@ class Adder(TokenRows):
                     others &= others - 1
             if others != 0:
                 self.load_sums(g, a, places, choices, others, piece, lane, sums)
-        self.store_out(a, total, token, column)
+        if column < a.hidden:
+            store_total(a.out + (Int64(token) * a.hidden + column) * 2, total)
 
     @cute.jit
     def load_sums(
@@ -115,11 +115,3 @@ class Adder(TokenRows):
             for i in cutlass.range_constexpr(COLUMNS):
                 acc[i] = words[i].bitcast(Float32)
         end_rank(total, acc)
-
-    @cute.jit
-    def store_out(self, a, total: cute.Tensor, token: Int32, column: Int32):
-        packed = cute.make_rmem_tensor(COLUMNS, BFloat16)
-        packed.store(total.load().to(BFloat16))
-        words = cute.recast_tensor(packed, Int32)
-        if column < a.hidden:
-            ptx.st_global(a.out + (Int64(token) * a.hidden + column) * 2, *(words[i] for i in range(4)))

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
-from ...cute_kernels.sm90 import ptx
 from ...cute_kernels.sm90.address import ld_f32, ld_id, ld_vector
 from ..config import MAX_RANKS
 from .config import REDUCE_WARPS
 from .ll_combine_coded import CodedReceiver
-from .ll_sums import COLUMNS, add_row, end_rank, lowest_bit, place_in_order
+from .ll_sums import COLUMNS, add_row, end_rank, lowest_bit, place_in_order, store_total
 from .ll_verbs import (
     ACK,
     RECEIVE_LIVE,
@@ -125,11 +124,8 @@ class CombineReceiver(CodedReceiver):
                     else:
                         add_row(acc, weights[u], loaded[u])
         end_rank(total, acc)
-        packed = cute.make_rmem_tensor(COLUMNS, BFloat16)
-        packed.store(total.load().to(BFloat16))
-        words = cute.recast_tensor(packed, Int32)
         if column < a.hidden:
-            ptx.st_global(a.out + (Int64(token) * a.hidden + column) * 2, *(words[i] for i in range(4)))
+            store_total(a.out + (Int64(token) * a.hidden + column) * 2, total)
 
     @cute.jit
     def choice(self, g: Group, a: LlCombineReceiveArgs, sm, token: Int32, choice: Int32):

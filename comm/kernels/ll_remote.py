@@ -18,7 +18,7 @@ from cutlass import Int32, Int64, const_expr
 
 from ...cute_kernels.sm90.address import ld_i32
 from . import nvshmem_library
-from .verbs import GMEM, Group, set_flag
+from .verbs import Group, ld_relaxed, set_flag
 
 # Values of NVSHMEM's enumerations.
 SIGNAL_SET = 9
@@ -107,14 +107,10 @@ def ld_peer_i32(g: Group, base: Int64, offset: Int64, peer: Int32):
     """An int32 at the offset of the peer's memory, whose base this is."""
     word = Int32(0)
     if const_expr(g.remote):
-        word = _ld_sys(base + offset) if base != 0 else _get(g.own + offset, peer)
+        word = ld_relaxed(base + offset) if base != 0 else _get(g.own + offset, peer)
     else:
-        word = _ld_sys(base + offset)
+        word = ld_relaxed(base + offset)
     return word
-
-
-def _ld_sys(address):
-    return cute.arch.load(cute.make_ptr(Int32, address, GMEM, assumed_align=4), Int32, sem="relaxed", scope="sys")
 
 
 def _word(epoch):

@@ -8,9 +8,10 @@ word puts -0.0 back. (NVIDIA's TensorRT-LLM sends the parts of its one-shot all-
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32
+from cutlass import BFloat16, Boolean, Float32, Int32
 
 from ...cute_kernels.sm90 import ptx
+from ...cute_kernels.sm90.address import unpack_bf16
 from .verbs import PHASE, Group, aborted, report
 
 UNSET = -(1 << 31)  # -0.0
@@ -65,10 +66,8 @@ def take_vector(g: Group, address, words, epoch, source):
 @cute.jit
 def add_row(acc: cute.Tensor, weight: Float32, words):
     """acc += weight * values of 8 columns, bf16."""
-    for i in cutlass.range_constexpr(4):
-        low, high = (words[i] << 16).bitcast(Float32), (words[i] & -0x10000).bitcast(Float32)
-        acc[2 * i] = ptx.add_product(acc[2 * i], weight, low)
-        acc[2 * i + 1] = ptx.add_product(acc[2 * i + 1], weight, high)
+    for i, value in enumerate(unpack_bf16(words)):
+        acc[i] = ptx.add_product(acc[i], weight, value)
 
 
 @cute.jit
@@ -77,6 +76,15 @@ def end_rank(total: cute.Tensor, acc: cute.Tensor):
     for i in cutlass.range_constexpr(COLUMNS):
         total[i] = total[i] + acc[i]
         acc[i] = Float32(0.0)
+
+
+@cute.jit
+def store_total(address, total: cute.Tensor):
+    """8 columns of the result, rounded to bf16."""
+    packed = cute.make_rmem_tensor(COLUMNS, BFloat16)
+    packed.store(total.load().to(BFloat16))
+    words = cute.recast_tensor(packed, Int32)
+    ptx.st_global(address, *(words[i] for i in range(4)))
 
 
 @cute.jit
@@ -92,6 +100,4 @@ def place_in_order(rank: Int32, choices: Int32):
 
 def lowest_bit(mask):
     """Its number, 32 if there is none."""
-    return cute.arch.inline_ptx(
-        "{ .reg .b32 x; brev.b32 x, {$r0}; clz.b32 {$w0}, x; }", write_only_types=[Int32], read_only_args=[mask]
-    )
+    return Int32(cute.arch.clz(cute.arch.brev(mask)))

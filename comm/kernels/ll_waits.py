@@ -14,7 +14,7 @@ from ..config import LINE
 from ..ll_config import SLOTS
 from .ll_remote import see_data, set_flag_of
 from .ll_verbs import ACK, MASK, READY, SEND_LIVE, TOLD, VERDICT, is_masked, line, note_live, slot_of
-from .verbs import GMEM, PHASE, Group, aborted, peer_base, wait_flag
+from .verbs import GMEM, PHASE, Group, aborted, ld_relaxed, peer_base, wait_flag
 
 GRACE_NS = 10_000_000  # for a peer that has begun to write before it could see that it is left out
 
@@ -63,10 +63,6 @@ def wait_data(g: Group, epoch, source):
         if reached:
             see_data(g, flag, epoch, peer_base(g, source))
     return reached
-
-
-def ld_relaxed(address):
-    return cute.arch.load(cute.make_ptr(Int32, address, GMEM, assumed_align=4), Int32, sem="relaxed", scope="sys")
 
 
 def ld_flag(address):

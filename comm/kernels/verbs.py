@@ -57,9 +57,13 @@ def read_epoch(g: Group, operation: str):
     return ld_i32(g.own + EPOCH[operation]) + 1
 
 
+def ld_relaxed(address):
+    """An Int32 that peers may write at any time; it orders nothing."""
+    return cute.arch.load(cute.make_ptr(Int32, address, GMEM, assumed_align=4), Int32, sem="relaxed", scope="sys")
+
+
 def aborted(g: Group):
-    address = cute.make_ptr(Int32, g.own + ABORT, GMEM, assumed_align=4)
-    return cute.arch.load(address, Int32, sem="relaxed", scope="sys") != 0
+    return ld_relaxed(g.own + ABORT) != 0
 
 
 @cute.jit

@@ -59,6 +59,11 @@ from cutehop.comm.ll_base import find
 from cutehop.comm.ll_outputs import LlDispatched, LlHandle, empty_combined, empty_dispatched
 from cutehop.ops._define import define_ordered
 
+SENT = "Tensor x, Tensor topk_idx, str buffer, bool use_fp8=True, bool round_scale=False, bool use_ue8m0=False"
+RECEIVED = (
+    "Tensor recv_x, Tensor recv_scales, Tensor recv_count, Tensor src_info, Tensor layout_range, Tensor send_slot,"
+    " Tensor choice_rows"
+)
 HANDLE = "Tensor src_info, Tensor layout_range, Tensor recv_count, Tensor send_slot, Tensor choice_rows"
 Outputs = tuple[Tensor, ...]
 
@@ -230,8 +235,6 @@ def _define(name: str, schema: str, body: Callable[..., Any], fake: Callable[...
     define_ordered(name, schema, body=body, fake=fake, setup_context=_refuse_gradient, backward=_no_backward)
 
 
-SENT = "Tensor x, Tensor topk_idx, str buffer, bool use_fp8=True, bool round_scale=False, bool use_ue8m0=False"
-RECEIVED = f"Tensor recv_x, Tensor recv_scales, Tensor recv_count, {HANDLE.replace('Tensor recv_count, ', '')}"
 _define("ep_ll_dispatch", f"({SENT}) -> ({RECEIVED})", _dispatch, _dispatch_fake)
 _define(
     "ep_ll_combine",

@@ -297,9 +297,8 @@ def combine_with_wild_handles(group, rank, device, case):
             for part in (handle.recv_count, handle.send_slot)
         ]
         epoch = send_home(buffer, inputs, handle._replace(recv_count=wild[0], send_slot=wild[1]), seed % 2 == 1)
-        _, topk_idx, topk_weights, _ = inputs.on(rank, buffer.device)
+        _, topk_idx, topk_weights, y = inputs.on(rank, buffer.device)
         buffer.combine_receive(epoch, topk_idx, topk_weights, use_logfmt=seed % 2 == 1)
-        *_, y = inputs.on(rank, buffer.device)
         rows = wild_like(handle.choice_rows, rng, (-1, y.shape[0] * y.shape[1])).to(buffer.device)
         buffer.combine(y, handle._replace(choice_rows=rows), topk_idx, topk_weights)
         check_case(buffer, inputs)
