@@ -36,6 +36,19 @@ NESTED = """
 """
 
 
+# A load that waits for scoreboard 0 and sets 5 and, until its address is read, 0; one that waits for 4; one for none.
+ENCODED = """
+.text.kernel:
+.L_x_0:
+        /*0100*/                   LDG.E R70, desc[UR10][R14.64+0x1500] ;                    /* 0x0015000a0e467981 */
+                    /* 0x00116a000c1e1900 */
+        /*0110*/                   LEA R52, R7, R52, 0x18 ;                    /* 0x0000003407347211 */
+                    /* 0x010fe400078ec0ff */
+        /*0120*/                   ERRBAR;                    /* 0x00000000000079ab */
+                    /* 0x000fc00000000000 */
+"""
+
+
 @pytest.fixture
 def nvdisasm():
     try:
@@ -73,7 +86,23 @@ def test_command_on_the_probe_kernel(nvdisasm, tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "UTMALDG" in text
     assert command.main(["probe_kernel", "--loops"]) == 0
-    assert capsys.readouterr().out.splitlines()[1] == f"  {len(sass.parse(text)[0])} instructions"
+    instructions = len(sass.parse(text)[0])
+    assert capsys.readouterr().out.splitlines()[1] == f"  {instructions} instructions"
+    assert command.main(["probe_kernel", "--waits"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(("//", ".L"))]
+    assert len(lines) == instructions
+    set_somewhere = {board for line in lines for board in line.split()[2:4]}
+    assert set_somewhere >= {board for line in lines for board in line.split()[1]} != {"-"}
+
+
+def test_scoreboards_of_known_code():
+    label, *lines = sass.scoreboards(ENCODED).splitlines()
+    assert label == ".L_x_0:"
+    assert [line.split(maxsplit=4) for line in lines] == [
+        ["0100", "0", "5", "0", "LDG.E R70, desc[UR10][R14.64+0x1500]"],
+        ["0110", "4", "-", "-", "LEA R52, R7, R52, 0x18"],
+        ["0120", "-", "-", "-", "ERRBAR"],
+    ]
 
 
 def test_notes_and_register_budgets_are_shown():

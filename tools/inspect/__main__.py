@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from cutehop.aot import all_variants, describe
 from cutehop.cute_kernels.jit import Bundle
-from tools.inspect.sass import disassemble, find_loops, parse
+from tools.inspect.sass import disassemble, find_loops, parse, scoreboards
 
 SHORTEST_LOOP = 16  # instructions; shorter ones are waits
 OPCODES = 14  # most frequent ones shown
@@ -57,6 +57,10 @@ VIEWS = {
     "resources": (resources, "registers, memory, launch attributes, notes of ptxas (default)"),
     "ptx": (lambda bundle: bundle.ptx, "the PTX"),
     "sass": (lambda bundle: disassemble(bundle.cubin), "the SASS (needs nvdisasm, extra `test`)"),
+    "waits": (
+        lambda bundle: scoreboards(disassemble(bundle.cubin, encodings=True)),
+        "the SASS with the scoreboards that each instruction waits for and sets (needs nvdisasm)",
+    ),
     "loops": (loops, "instruction counts of the SASS loops (needs nvdisasm)"),
 }
 

@@ -63,12 +63,16 @@ def find_nvdisasm() -> str:
     return found
 
 
-def disassemble(cubin: bytes) -> str:
-    """SASS as nvdisasm prints it, labels and addresses included. RuntimeError with its words if it fails."""
+def disassemble(cubin: bytes, encodings: bool = False) -> str:
+    """SASS as nvdisasm prints it, labels and addresses included. RuntimeError with its words if it fails.
+
+    encodings: the 128 bits of each instruction too, half of them behind it and half on a line of their own.
+    """
     with tempfile.TemporaryDirectory(prefix="cutehop-") as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        done = subprocess.run([find_nvdisasm(), "-c", str(path)], capture_output=True, text=True)
+        options = ["-c", "-hex"] if encodings else ["-c"]
+        done = subprocess.run([find_nvdisasm(), *options, str(path)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvdisasm failed with status {done.returncode}: {done.stderr.strip()}")
     return done.stdout
@@ -87,6 +91,31 @@ def parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
             conditional = bool(found[2]) or bool(branch and (branch[1] or branch[2]))
             code.append(Instruction(int(found[1], 16), text, conditional, branch[3] if branch else ""))
     return code, labels
+
+
+def scoreboards(sass: str) -> str:
+    """`disassemble(cubin, encodings=True)` with what orders the instructions instead of the encodings, for each:
+
+        address, scoreboards 0 to 5 it waits for, one it sets until its result is there, one until its operands
+        are read, the instruction
+
+    The fields are those that Jia et al. found, "Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking"
+    (2018), section 2.1.
+    """
+    lines, instruction = [], None
+    for line in sass.splitlines():
+        if re.match(r"\.L_\w+:", line):
+            lines.append(line)
+        elif found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;?\s+/\* 0x[0-9a-f]{16} \*/", line):
+            instruction = found
+        elif instruction and (found := re.match(r"\s+/\* 0x([0-9a-f]{16}) \*/", line)):
+            control = int(found[1], 16) >> (105 - 64)
+            result, operands, awaited = control >> 5 & 7, control >> 8 & 7, control >> 11 & 63
+            waits = "".join(str(i) for i in range(6) if awaited >> i & 1)
+            sets = " ".join("-" if board == 7 else str(board) for board in (result, operands))
+            lines.append(f"{instruction[1]}  {waits or '-':<6}  {sets}  {instruction[2]}")
+            instruction = None
+    return "\n".join(lines)
 
 
 def find_loops(code: list[Instruction], labels: dict[str, int]) -> list[Loop]:
