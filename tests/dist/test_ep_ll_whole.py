@@ -134,3 +134,53 @@ def one_does_not_combine(group, rank, device, case):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_rank_that_does_not_combine(gpu_ranks, ranks):
     gpu_ranks(ranks).run(one_does_not_combine, "cuda", LlCase(ranks=ranks))
+
+
+def one_answers_too_little(group, rank, device, case):
+    """It takes it that tokens have one choice each: sums of the other choices do not come, and that is said of it."""
+    inputs = LlInputs(case)
+    for _ in range(2):
+        buffer = make_buffer(group, case.config(), device, timeout_s=TIMEOUT_S)
+        check_whole(buffer, inputs)
+        everyone(group)
+        x, topk_idx, weights, y = inputs.on(rank, buffer.device)
+        got = buffer.dispatch(x, topk_idx, **FORMATS[case.rows])
+        if rank == AWAY:
+            buffer.combine(y, got.handle, topk_idx[:, :1].contiguous(), weights[:, :1].contiguous())
+        else:
+            buffer.combine(y, got.handle, topk_idx, weights)
+            torch.cuda.synchronize()
+            with pytest.raises(EpTimeoutError) as caught:
+                buffer.check()
+            assert (caught.value.peer, caught.value.phase) == (AWAY, "ll_ready"), caught.value
+        everyone(group)
+        buffer.destroy()
+
+
+@on_gpus
+def test_sums_that_do_not_come(gpu_ranks):
+    gpu_ranks(2).run(one_answers_too_little, "cuda", LlCase(tokens=(8, 0), routing="one_rank"))
+
+
+def experts_named_twice(group, rank, device, case):
+    """As many rows as choices while a block has room; rows past it are dropped, and the next call is right."""
+    buffer, inputs = make_buffer(group, case.config(), device), LlInputs(case)
+    x, topk_idx, weights, y = inputs.on(rank, buffer.device)
+    ones, some, all_same = torch.ones_like(y), topk_idx.clone(), torch.zeros_like(topk_idx)
+    some[:, 1] = some[:, 0]
+    for ids in (some, all_same):
+        got = buffer.dispatch(x, ids, **FORMATS[case.rows])
+        combined = buffer.combine(ones, got.handle, ids, weights)
+        assert got.recv_count.max() <= ones.shape[1]
+        if ids is some:
+            want = weights.sum(1, keepdim=True).expand(combined.shape)
+            torch.testing.assert_close(combined.float(), want, rtol=2**-7, atol=1e-5)
+        check_whole(buffer, inputs)
+    buffer.destroy()
+
+
+@on_gpus
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_experts_named_twice(gpu_ranks, ranks):
+    case = LlCase(ranks=ranks, tokens=(16,), local_experts=8, rows="bf16")
+    gpu_ranks(ranks).run(experts_named_twice, "cuda", case)
