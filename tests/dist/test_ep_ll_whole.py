@@ -108,26 +108,36 @@ def test_how_long_ranks_were_waited_for(ranks_on, world):
             assert max(waits) == waits[AWAY] >= 2 * LATE_S * 1e9
 
 
-def one_does_not_combine(group, rank, device, case):
-    """The others' wait ends, names the rank and what it did not do, and a new buffer works."""
+def dispatched(group, rank, device, case):
+    """Twice, in a new buffer and behind a call that is right: the buffer, and x, topk_idx, weights, y and handle of a
+    dispatch."""
     inputs = LlInputs(case)
     for _ in range(2):
         buffer = make_buffer(group, case.config(), device, timeout_s=TIMEOUT_S)
         check_whole(buffer, inputs)
         everyone(group)
         x, topk_idx, weights, y = inputs.on(rank, buffer.device)
-        got = buffer.dispatch(x, topk_idx, **FORMATS[case.rows])
+        yield buffer, x, topk_idx, weights, y, buffer.dispatch(x, topk_idx, **FORMATS[case.rows]).handle
+        everyone(group)
+        buffer.destroy()
+
+
+def expect_timeout(call, phase) -> None:
+    with pytest.raises(EpTimeoutError) as caught:
+        call()
+    assert (caught.value.peer, caught.value.phase) == (AWAY, phase), caught.value
+
+
+def one_does_not_combine(group, rank, device, case):
+    """The others' wait ends, names the rank and what it did not do, and a new buffer works."""
+    for buffer, x, topk_idx, weights, y, handle in dispatched(group, rank, device, case):
         if rank != AWAY:
-            buffer.combine(y, got.handle, topk_idx, weights)
+            buffer.combine(y, handle, topk_idx, weights)
             for _ in range(2):  # in the stream behind it: they send nothing
                 buffer.dispatch(x, topk_idx, **FORMATS[case.rows])
             torch.cuda.synchronize()
-            for call in (buffer.check, lambda: buffer.dispatch(x, topk_idx)):  # noqa: B023 - called at once
-                with pytest.raises(EpTimeoutError) as caught:
-                    call()
-                assert (caught.value.peer, caught.value.phase) == (AWAY, "ll_asks"), caught.value
-        everyone(group)
-        buffer.destroy()
+            expect_timeout(buffer.check, "ll_asks")
+            expect_timeout(lambda: buffer.dispatch(x, topk_idx), "ll_asks")  # noqa: B023 - called at once
 
 
 @on_gpus
@@ -138,23 +148,13 @@ def test_a_rank_that_does_not_combine(gpu_ranks, ranks):
 
 def one_answers_too_little(group, rank, device, case):
     """It takes it that tokens have one choice each: sums of the other choices do not come, and that is said of it."""
-    inputs = LlInputs(case)
-    for _ in range(2):
-        buffer = make_buffer(group, case.config(), device, timeout_s=TIMEOUT_S)
-        check_whole(buffer, inputs)
-        everyone(group)
-        x, topk_idx, weights, y = inputs.on(rank, buffer.device)
-        got = buffer.dispatch(x, topk_idx, **FORMATS[case.rows])
+    for buffer, _, topk_idx, weights, y, handle in dispatched(group, rank, device, case):
         if rank == AWAY:
-            buffer.combine(y, got.handle, topk_idx[:, :1].contiguous(), weights[:, :1].contiguous())
+            buffer.combine(y, handle, topk_idx[:, :1].contiguous(), weights[:, :1].contiguous())
         else:
-            buffer.combine(y, got.handle, topk_idx, weights)
+            buffer.combine(y, handle, topk_idx, weights)
             torch.cuda.synchronize()
-            with pytest.raises(EpTimeoutError) as caught:
-                buffer.check()
-            assert (caught.value.peer, caught.value.phase) == (AWAY, "ll_ready"), caught.value
-        everyone(group)
-        buffer.destroy()
+            expect_timeout(buffer.check, "ll_ready")
 
 
 @on_gpus
