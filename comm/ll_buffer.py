@@ -98,12 +98,11 @@ class CudaLowLatencyBuffer(LowLatencyBuffer):
         found: dict[tuple[Compiled, bool], dict[sizes.Parts, Kernel]] = defaultdict(dict)
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream().cuda_stream
-            for function, config, parts in kernels.ll_variants(self.config.elastic, remote):
+            for function, config, parts in kernels.ll_variants(self.config.elastic, remote, self.layout.adds_up):
                 found[function, config.coded][parts] = function(config, stream)
         self._dispatch_kernels = found[kernels.ll_dispatch_kernel, False]
         self._combine_kernels = [found[kernels.ll_combine_kernel, coded] for coded in (False, True)]  # by use_logfmt
-        whole = found[kernels.ll_combine_whole_kernel, False].get(BOTH)
-        self._combine_whole = whole if self.config.adds_up else None
+        self._combine_whole = found[kernels.ll_combine_whole_kernel, False].get(BOTH)
         self._mask_kernels = found[kernels.ll_mask_kernel, False]
 
     def _join_nvshmem(self) -> None:

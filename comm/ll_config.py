@@ -150,6 +150,7 @@ class LlLayout:
     """Regions of one rank under `config`, as layout.EpLayout has them for the normal mode.
 
     remote: with an outbox, which peers that NVSHMEM reaches need, last in the heap, and without asks and sums.
+    adds_up: combine in one launch asks for sums.
     regions: heap before host, by ascending offset. control_bytes: flags and counters, zero before the first call.
     """
 
@@ -175,7 +176,8 @@ class LlLayout:
         self.control_bytes = heap.end
         self.data = heap.rows("data", SLOTS, config.slot_bytes, "peers push records or rows; I read")
         self.words = heap.rows("words", SLOTS, config.words_bytes, "records of few tokens: {word, epoch}; I poll")
-        if config.adds_up and not remote:
+        self.adds_up = config.adds_up and not remote
+        if self.adds_up:
             self.asks = heap.rows("asks", SLOTS, config.asks_bytes, "peer s asks for its tokens' sums; I poll")
             self.sums = heap.rows("sums", 1, config.sums_bytes, "peers write sums that I asked for; I poll, write -0.0")
         if remote:

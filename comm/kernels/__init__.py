@@ -80,16 +80,19 @@ def ll_mask_kernel(config: Parts) -> Program:
     return program(config)
 
 
-def ll_variants(elastic: bool = False, remote: bool = False) -> Iterator[tuple[Compiled[Parts], Parts, Parts]]:
+def ll_variants(
+    elastic: bool = False, remote: bool = False, adds_up: bool = False
+) -> Iterator[tuple[Compiled[Parts], Parts, Parts]]:
     """The low-latency kernels of a buffer: compiled function, config, and what it does, one of config.PARTS or MASK.
 
-    remote: they reach peers through NVSHMEM. RuntimeError if it is not installed.
+    remote: they reach peers through NVSHMEM. RuntimeError if it is not installed. adds_up: combine in one launch, of
+    rows as they are, asks for sums.
     """
     which = nvshmem_library.version() if remote else ""
     families = ((ll_dispatch_kernel, False), (ll_combine_kernel, False), (ll_combine_kernel, True))
     wanted = [(function, parts, coded) for function, coded in families for parts in PARTS]
-    if not (elastic or remote):
-        wanted.append((ll_combine_whole_kernel, BOTH, False))
+    if adds_up:
+        wanted[wanted.index((ll_combine_kernel, BOTH, False))] = (ll_combine_whole_kernel, BOTH, False)
     if elastic:
         wanted.append((ll_mask_kernel, MASK, False))
     for function, parts, coded in wanted:
@@ -111,6 +114,7 @@ def variants():
     yield combine_send_kernel, OneVariant()
     yield combine_receive_kernel, OneVariant()
     yield wait_kernel, OneVariant()
+    yield ll_combine_whole_kernel, BOTH
     for remote in (False, True) if nvshmem_library.can_compile() else (False,):
         for elastic in (False, True):
             for function, config, _ in ll_variants(elastic, remote):

@@ -27,7 +27,7 @@ from cutlass.memory import SmemAllocator
 
 from ...cute_kernels.jit import Program
 from ...cute_kernels.sm90 import ptx
-from ...cute_kernels.sm90.address import ld_f32, ld_i32, ld_vector, st_i32
+from ...cute_kernels.sm90.address import ld_f32, ld_i32, ld_vector, st_i32, unpack_bf16
 from ...cute_kernels.sm90.args import fake_args, param_kinds
 from ..config import LINE, MAX_RANKS
 from .combine_send import may_send
@@ -279,11 +279,8 @@ class CombineReceive:
 
     @cute.jit
     def add_vector(self, acc: cute.Tensor, v: cutlass.Constexpr[int], words):
-        """words: four pairs of bf16, each the upper half of an f32."""
-        for i in cutlass.range_constexpr(4):
-            low, high = (words[i] << 16).bitcast(Float32), (words[i] & -0x10000).bitcast(Float32)
-            acc[8 * v + 2 * i] = acc[8 * v + 2 * i] + low
-            acc[8 * v + 2 * i + 1] = acc[8 * v + 2 * i + 1] + high
+        for i, value in enumerate(unpack_bf16(words)):
+            acc[8 * v + i] = acc[8 * v + i] + value
 
     @cute.jit
     def add_weights(self, g: Group, a: CombineReceiveArgs, sm, first: Int32, step: Int32):

@@ -22,7 +22,7 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint8, const_expr
 from cutlass.experimental import primitives as prims
 
 from ...cute_kernels.sm90 import ptx
-from ...cute_kernels.sm90.address import ld_id, ld_vector, st_i32
+from ...cute_kernels.sm90.address import ld_id, ld_vector, st_i32, unpack_bf16
 from ..config import MAX_RANKS
 from ..ll_config import FEW_TOKENS, MAX_TOPK
 from .config import BF16, F32_SCALES, IDS, INDEX_WARPS, TOKEN_WARPS, UE8M0_SCALES
@@ -282,10 +282,7 @@ class DispatchSender:
     @cute.jit
     def quantise(self, a: LlDispatchSendArgs, record: cute.Pointer, column: Int32, words, lane: Int32):
         """16 lanes share a scale. Lanes past the last column are not here: they are whole groups of 16."""
-        values = []
-        for i in cutlass.range_constexpr(4):
-            values.append((words[i] << 16).bitcast(Float32))
-            values.append((words[i] & -0x10000).bitcast(Float32))
+        values = unpack_bf16(words)
         amax = Float32(FP8_MIN_AMAX)
         for i in cutlass.range_constexpr(8):
             amax = cute.arch.fmax(amax, ptx.abs_f32(values[i]))

@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cutehop.comm import kernels, ll_buffer, memory
+from cutehop.comm import kernels, ll_buffer, ll_config, memory
 from cutehop.comm.kernels import config as sizes
 from cutehop.comm.kernels import nvshmem_library
 from cutehop.comm.ll_config import SLOTS, LlConfig, LlLayout
+from cutehop.comm.ll_outputs import LlHandle
 
 CONFIG = LlConfig(ranks=8, hidden=7168, max_tokens=128, num_experts=256, max_topk=8)
 REGISTERS_PER_SM = 65536
@@ -221,8 +222,24 @@ def test_one_node_takes_pointers(group, monkeypatch, transport):
     wheels(monkeypatch)
     buffer = opened(group, transport=transport)
     assert (buffer.transport, fakes.one_node) == ("p2p", True)
-    assert fakes.events == [*["load"] * 10, "vmm"]
+    assert fakes.events == [*["load"] * 9, "vmm"]
     assert len(buffer._group_args) == 6
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("most_adding", [0, 1])
+@pytest.mark.parametrize("use_logfmt", [False, True])
+def test_combine_in_one_launch_asks_for_sums_in_small_groups(group, monkeypatch, most_adding, use_logfmt):
+    fakes = Fakes(monkeypatch)
+    monkeypatch.setattr(ll_config, "MOST_ADDING", most_adding)
+    buffer = opened(group, transport="p2p")
+    handle = LlHandle(*(torch.zeros(1, dtype=torch.int32) for _ in range(5)))
+    y, topk_idx = torch.zeros((4, 4, 256), dtype=torch.bfloat16), torch.zeros((1, 2), dtype=torch.int64)
+    out = torch.empty((1, 256), dtype=torch.bfloat16)
+    buffer._combine(y, handle, topk_idx, torch.zeros(1, 2), out, use_logfmt=use_logfmt, wait_stats=None)
+    sums = most_adding == 1 and not use_logfmt
+    assert fakes.events[-1][0] == ("ll_combine_whole_kernel" if sums else "ll_combine_kernel")
+    assert ("sums" in {region.name for region in buffer.layout.regions}) == (most_adding == 1)
     buffer.destroy()
 
 
