@@ -62,7 +62,7 @@ def combine(buffer, inputs, handle):
     return buffer.combine_receive(send_home(buffer, inputs, handle), topk_idx, weights)
 
 
-def expect_timeout(buffer, call) -> None:
+def expect_timeout(buffer, call) -> EpTimeoutError:
     """The call raises, or on a GPU the next look at the buffer; and so does every later one."""
 
     def call_and_look() -> None:
@@ -78,3 +78,4 @@ def expect_timeout(buffer, call) -> None:
     assert 0.9 * TIMEOUT_S <= caught.value.waited_s <= time.monotonic() - begin + 0.1
     with pytest.raises(EpTimeoutError):
         call()
+    return caught.value

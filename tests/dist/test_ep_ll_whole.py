@@ -11,7 +11,7 @@ import torch
 
 from cutehop.comm.errors import EpTimeoutError
 from tests.ep_ll_cases import FORMATS, LlCase, LlInputs, check_received, everyone, make_buffer, same_bits
-from tests.ep_ll_masking import AWAY, TIMEOUT_S
+from tests.ep_ll_masking import AWAY, TIMEOUT_S, expect_timeout
 
 pytestmark = pytest.mark.dist
 LATE_S = 0.15
@@ -108,36 +108,35 @@ def test_how_long_ranks_were_waited_for(ranks_on, world):
             assert max(waits) == waits[AWAY] >= 2 * LATE_S * 1e9
 
 
-def dispatched(group, rank, device, case):
-    """Twice, in a new buffer and behind a call that is right: the buffer, and x, topk_idx, weights, y and handle of a
-    dispatch."""
+def behind_a_dispatch(group, rank, device, case, act) -> None:
+    """act(buffer, x, y, handle, topk_idx, weights), twice, in a new buffer and behind a call that is right."""
     inputs = LlInputs(case)
     for _ in range(2):
         buffer = make_buffer(group, case.config(), device, timeout_s=TIMEOUT_S)
         check_whole(buffer, inputs)
         everyone(group)
         x, topk_idx, weights, y = inputs.on(rank, buffer.device)
-        yield buffer, x, topk_idx, weights, y, buffer.dispatch(x, topk_idx, **FORMATS[case.rows]).handle
+        act(buffer, x, y, buffer.dispatch(x, topk_idx, **FORMATS[case.rows]).handle, topk_idx, weights)
         everyone(group)
         buffer.destroy()
 
 
-def expect_timeout(call, phase) -> None:
-    with pytest.raises(EpTimeoutError) as caught:
-        call()
-    assert (caught.value.peer, caught.value.phase) == (AWAY, phase), caught.value
-
-
 def one_does_not_combine(group, rank, device, case):
     """The others' wait ends, names the rank and what it did not do, and a new buffer works."""
-    for buffer, x, topk_idx, weights, y, handle in dispatched(group, rank, device, case):
-        if rank != AWAY:
+
+    def act(buffer, x, y, handle, topk_idx, weights):
+        def combine_and_go_on():
             buffer.combine(y, handle, topk_idx, weights)
             for _ in range(2):  # in the stream behind it: they send nothing
                 buffer.dispatch(x, topk_idx, **FORMATS[case.rows])
-            torch.cuda.synchronize()
-            expect_timeout(buffer.check, "ll_asks")
-            expect_timeout(lambda: buffer.dispatch(x, topk_idx), "ll_asks")  # noqa: B023 - called at once
+
+        if rank != AWAY:
+            assert expect_timeout(buffer, combine_and_go_on).phase == "ll_asks"
+            with pytest.raises(EpTimeoutError) as caught:
+                buffer.dispatch(x, topk_idx)
+            assert (caught.value.peer, caught.value.phase) == (AWAY, "ll_asks"), caught.value
+
+    behind_a_dispatch(group, rank, device, case, act)
 
 
 @on_gpus
@@ -148,13 +147,15 @@ def test_a_rank_that_does_not_combine(gpu_ranks, ranks):
 
 def one_answers_too_little(group, rank, device, case):
     """It takes it that tokens have one choice each: sums of the other choices do not come, and that is said of it."""
-    for buffer, _, topk_idx, weights, y, handle in dispatched(group, rank, device, case):
+
+    def act(buffer, x, y, handle, topk_idx, weights):
         if rank == AWAY:
             buffer.combine(y, handle, topk_idx[:, :1].contiguous(), weights[:, :1].contiguous())
         else:
-            buffer.combine(y, handle, topk_idx, weights)
-            torch.cuda.synchronize()
-            expect_timeout(buffer.check, "ll_ready")
+            error = expect_timeout(buffer, lambda: buffer.combine(y, handle, topk_idx, weights))
+            assert error.phase == "ll_ready"
+
+    behind_a_dispatch(group, rank, device, case, act)
 
 
 @on_gpus
