@@ -22,6 +22,8 @@ SIDE_CHUNK = 32  # rows a side warp takes at a time, one per lane
 RING_BYTES = 49152  # shared memory of one mover's ring
 MAX_STAGES = 32  # of a ring
 PIECE_BYTES = 8192  # a row is cut in equal pieces of at most this
+LEAST_STAGES = 3  # a load, a store and one being read
+FLIGHT_BYTES = 3_500_000  # of all rings of a launch: with more in flight between two GPUs, both links slow down
 
 TEAMS = 3  # of a combine CTA; each adds up tokens of its own
 TEAM_WARPS = 4  # warps of a team, and one more that loads for it
@@ -34,11 +36,12 @@ class OneVariant:
     """Of a kernel that is built once: every size is a parameter of the launch."""
 
 
-def ring(row_bytes: int, ring_bytes: int) -> tuple[int, int]:
-    """(bytes of a piece, stages) of a ring of `ring_bytes` for rows of `row_bytes`, a positive multiple of 16."""
+def ring(row_bytes: int, ring_bytes: int, rings: int = 1) -> tuple[int, int]:
+    """(bytes of a piece, stages) of each of `rings` rings of `ring_bytes` for rows of `row_bytes`, a positive multiple
+    of 16."""
     pieces = -(-row_bytes // PIECE_BYTES)
     piece = round_up(-(-row_bytes // pieces), VECTOR)
-    return piece, min(ring_bytes // piece, MAX_STAGES)
+    return piece, min(ring_bytes // piece, MAX_STAGES, max(LEAST_STAGES, FLIGHT_BYTES // (rings * piece)))
 
 
 # Low latency, dispatch

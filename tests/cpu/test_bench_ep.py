@@ -61,7 +61,7 @@ def test_floors_on_two_gpus():
     row = record(job(sms=8, moved=moved), 207, TWO_GPUS, LINKED)
     assert row["floor_us"] == row["wire_floor_us"] == pytest.approx(160, rel=5e-3)
     assert row["memory_floor_us"] == pytest.approx(2 * 8170 * BF16 / 2980e3)
-    assert row["sm_floor_us"] == pytest.approx(8170 * BF16 / (8 * 54e3))
+    assert row["sm_floor_us"] == pytest.approx(8170 * BF16 * 5 / 4 / (8 * 63e3))
     assert record(job(sms=4, moved=moved), 207, TWO_GPUS, LINKED)["sm_floor_us"] == 2 * row["sm_floor_us"]
     home = record(job(moved=replace(moved, remote=0)), 207, TWO_GPUS, LINKED)
     assert home["floor_us"] == home["memory_floor_us"]
@@ -69,7 +69,7 @@ def test_floors_on_two_gpus():
 
 def test_unequal_ranks():
     """One memory sees the bytes of all ranks, separate ones those of the busiest; a rate is about the mean."""
-    moved = [Moved(1000, 2000, 1000, 500), Moved(3000, 6000, 3000, 1500)]
+    moved = [Moved(1000, 2000, 1000, 1000, 500), Moved(3000, 6000, 3000, 3000, 1500)]
     samples = [[10.0, 30.0, 20.0, 40.0, 50.0], [20.0, 10.0, 20.0, 10.0, 60.0]]
     shared, apart = (
         reports.row_record(job(), samples, moved, setting, EpCeilings(1, 2), ())
@@ -265,7 +265,7 @@ def test_table():
     head, layout, bf16, slow, combine, failed, *notes = reports.table(synthetic()).splitlines()
     assert head.split() == " ".join(reports.HEAD).split()
     assert layout.split() == ["layout", "-", "6.2", "±0.0", "-", "-", "-", "-", "62", "10.00", "20", "met"]
-    assert bf16.split()[:8] == ["dispatch-bf16", "16", "1660.0", "±0.0", "188", "1673", "101", "361"]
+    assert bf16.split()[:8] == ["dispatch-bf16", "16", "1660.0", "±0.0", "188", "1673", "101", "386"]
     assert bf16.split()[8:] == ["3301", "1.99", "2000", "met"]
     assert slow.split()[8:] == ["3301", "(16", "SMs)", "1.10", "-"]
     assert combine.split()[-2:] == ["1300", "missed"]
@@ -293,7 +293,7 @@ def test_markdown_and_file(tmp_path):
     head, rule, *others = reports.markdown(report).splitlines()
     assert head == f"| {' | '.join(reports.HEAD)} |"
     assert rule == f"| --- |{' ---: |' * (len(reports.HEAD) - 1)}"
-    assert others[1] == "| dispatch-bf16 | 16 | 1660.0 | 188 | 1673 | 101 | 361 | 3301 | 1.99 | 2000 met |"
+    assert others[1] == "| dispatch-bf16 | 16 | 1660.0 | 188 | 1673 | 101 | 386 | 3301 | 1.99 | 2000 met |"
     assert (
         "H100, driver 1, torch 2, 2026-01-02, commit 0123456789ab: `python -m tools.bench.ep --ranks 8 --one-gpu`."
         in others

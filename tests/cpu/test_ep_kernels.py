@@ -118,14 +118,17 @@ def test_every_wait_has_a_deadline(kernel):
 
 
 @given(
-    st.integers(1, 4096).map(lambda vectors: 16 * vectors), st.sampled_from([sizes.RING_BYTES, sizes.TEAM_RING_BYTES])
+    st.integers(1, 4096).map(lambda vectors: 16 * vectors),
+    st.sampled_from([sizes.RING_BYTES, sizes.TEAM_RING_BYTES]),
+    st.integers(1, 132 * sizes.MOVERS),
 )
-def test_a_ring_holds_its_stages_and_a_row_is_cut_evenly(row_bytes, ring_bytes):
-    piece, stages = sizes.ring(row_bytes, ring_bytes)
+def test_a_ring_holds_its_stages_and_a_row_is_cut_evenly(row_bytes, ring_bytes, rings):
+    piece, stages = sizes.ring(row_bytes, ring_bytes, rings)
     assert 0 < piece <= min(row_bytes, sizes.PIECE_BYTES)
     assert piece % 16 == 0
     assert stages * piece <= ring_bytes
     assert 3 <= stages <= sizes.MAX_STAGES  # a load, a store and one being read
+    assert stages == 3 or rings * stages * piece <= sizes.FLIGHT_BYTES
     pieces = -(-row_bytes // piece)
     assert pieces == -(-row_bytes // sizes.PIECE_BYTES)
 
@@ -134,3 +137,9 @@ def test_rows_of_deepseek_are_cut_without_rest():
     assert sizes.ring(14336, sizes.RING_BYTES) == (7168, 6)
     assert sizes.ring(7168, sizes.RING_BYTES) == (7168, 6)
     assert sizes.ring(14336, sizes.TEAM_RING_BYTES) == (7168, 10)
+
+
+@pytest.mark.parametrize(("sms", "dispatch", "combine"), [(16, 6, 10), (24, 5, 6), (48, 3, 3), (132, 3, 3)])
+def test_many_sms_hold_less_in_flight_each(sms, dispatch, combine):
+    assert sizes.ring(14336, sizes.RING_BYTES, sms * sizes.MOVERS) == (7168, dispatch)
+    assert sizes.ring(14336, sizes.TEAM_RING_BYTES, sms * sizes.TEAMS) == (7168, combine)

@@ -75,7 +75,7 @@ def nccl_jobs(setting: Setting, inputs: Inputs, rank: int, nccl: ProcessGroup) -
         return (total,)
 
     def job(name: str, call: Callable[[], Tensors], want: torch.Tensor, memory: int, exact: bool) -> Job:
-        moved = Moved(logical=ranks * one, memory=memory, written=0, remote=(ranks - 1) * one)
+        moved = Moved(logical=ranks * one, memory=memory, written=0, read=0, remote=(ranks - 1) * one)
         return Job(name, None, "eager", call, {"rows": want}, moved=moved, exact=exact)
 
     total_of_equals = (everything[own].float() * ranks).bfloat16()

@@ -209,7 +209,7 @@ class Work:
 
 
 def _copy(name: str, rows: Tensor) -> Job:
-    moved = Moved(rows.nbytes, 2 * rows.nbytes, rows.nbytes, 0)
+    moved = Moved(rows.nbytes, 2 * rows.nbytes, rows.nbytes, rows.nbytes, 0)
     return Job(f"{COPY}{name}", None, "graph", lambda: (rows.clone(),), {"rows": rows}, moved=moved)
 
 

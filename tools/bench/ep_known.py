@@ -5,7 +5,7 @@ from __future__ import annotations
 from tools.bench.ep_setting import Setting
 
 DEEPEP_SOURCE = "DeepEP V1 567632d, same set-up, another run"
-SM_WRITE_GBS = 54.0  # about 32 bytes per clock: one SM wrote 48 to 54 GB/s, to its own memory or to a peer's
+SM_SEND_GBS = 63.0  # 32 bytes a clock of 1.98 GHz, see cute_kernels/README.md
 
 _ONE_GPU = (8, 1)  # eight ranks share one H100
 _TWO_GPUS = (2, 2)

@@ -93,4 +93,5 @@ class LlWork:
         combine = 3 * choices * row + len(i.x) * row
         written = records * record + choices * record + choices * row + len(i.x) * row
         remote = elsewhere * record + (choices - int(home.sum())) * row
-        return Moved(choices * (record + row), dispatch + combine, written, remote)
+        moved = dispatch + combine
+        return Moved(choices * (record + row), moved, written, moved - written, remote)

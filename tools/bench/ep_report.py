@@ -10,7 +10,7 @@ from typing import Any
 
 from tools.bench.ep_ceilings import EpCeilings
 from tools.bench.ep_jobs import Job
-from tools.bench.ep_known import COPY, DEEPEP_SOURCE, FOREIGN, SM_WRITE_GBS, creation_limit_s, deepep, limit_us
+from tools.bench.ep_known import COPY, DEEPEP_SOURCE, FOREIGN, SM_SEND_GBS, creation_limit_s, deepep, limit_us
 from tools.bench.ep_setting import Moved, Setting
 
 SCHEMA = 1
@@ -27,7 +27,7 @@ def new_report(setting: Setting, ceilings: EpCeilings, buffer: Report, traffic: 
         "ceilings": {
             "stream_gbs": ceilings.stream_gbs,
             "peer_copy_gbs": ceilings.peer_copy_gbs,
-            "sm_write_gbs": SM_WRITE_GBS,
+            "sm_send_gbs": SM_SEND_GBS,
         },
         "deepep": DEEPEP_SOURCE,
         "traffic": traffic,
@@ -95,7 +95,7 @@ def _floors(moved: Sequence[Moved], sms: int | None, setting: Setting, ceilings:
     if ceilings.peer_copy_gbs is not None:
         floors["wire"] = max(m.remote for m in moved) / ceilings.peer_copy_gbs / 1e3
     if sms:
-        floors["sm"] = max(m.written for m in moved) / (sms * SM_WRITE_GBS) / 1e3
+        floors["sm"] = max(m.sent for m in moved) / (sms * SM_SEND_GBS) / 1e3
     return floors
 
 

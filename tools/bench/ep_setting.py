@@ -126,7 +126,8 @@ class Moved:
 
     logical: rows received times the bytes of a row, which DeepEP's GB/s are about.
     memory: read and written at least, in the memory of whichever GPU.
-    written: of those, what the call's SMs write. A copy of a foreign input is not in it, for which a call takes more.
+    written, read: of those, what the call's SMs write and read. A copy of a foreign input is not in them, for which a
+        call takes more.
     remote: what comes from other ranks.
     Flags, counts and lists are in none of them.
     """
@@ -134,13 +135,20 @@ class Moved:
     logical: int
     memory: int
     written: int
+    read: int
     remote: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that the call's SMs send: what they write, and 32 to ask for each 128 that they read."""
+        return self.written + self.read / 4
 
 
 def dispatch_moves(setting: Setting, received: int, remote: int, row: int, foreign: bool = False) -> Moved:
     """Every received row is read at its source and written once; a foreign input is copied before."""
     copied = setting.tokens * row if foreign else 0
-    return Moved(received * row, 2 * (received * row + copied), received * row, remote * row)
+    moved = received * row
+    return Moved(moved, 2 * (moved + copied), moved, moved, remote * row)
 
 
 def combine_moves(setting: Setting, received: int, pulled: int, remote: int, row: int, foreign: bool = False) -> Moved:
@@ -148,5 +156,5 @@ def combine_moves(setting: Setting, received: int, pulled: int, remote: int, row
 
     received: rows at this rank.  pulled, remote: rows of this rank's tokens on any, on other ranks.
     """
-    out, copied = setting.tokens * row, received * row if foreign else 0
-    return Moved(received * row, pulled * row + out + 2 * copied, out, remote * row)
+    out, read, copied = setting.tokens * row, pulled * row, received * row if foreign else 0
+    return Moved(received * row, read + out + 2 * copied, out, read, remote * row)
