@@ -7,6 +7,8 @@ every call: the tests make a good call first, so that the bad one behind it is w
 from __future__ import annotations
 
 import ctypes
+import threading
+import time
 from contextlib import nullcontext
 from dataclasses import fields
 from types import SimpleNamespace
@@ -78,6 +80,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(memory, "open_heap", open_heap)
     monkeypatch.setattr(torch, "zeros", lambda *args, pin_memory=False, **kwargs: zeros(*args, **kwargs))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=STREAM, synchronize=int))
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
@@ -135,6 +138,41 @@ def test_parameters_are_those_of_this_call(buffer, launches, dtype):
         "topk_idx": got.recv_topk_idx.data_ptr(), "topk_idx_bytes": 8,
         "topk_weights": got.recv_topk_weights.data_ptr(), "topk": 4, "x_offset": buffer.layout.x.offset,
     }.items()  # fmt: skip
+
+
+@pytest.mark.parametrize("late_s", [0, 0.01])
+def test_a_dispatch_returns_the_rows_that_the_kernel_counts(buffer, launches, monkeypatch, late_s):
+    """Words come one by one, in any order, soon or when the wait sleeps already."""
+    choices = [5, 0, 7, 4]
+
+    def count(ticket):
+        for i, value in reversed([*enumerate([9, *choices])]):
+            time.sleep(late_s)
+            buffer._recv_counts[i] = ticket << 32 | value
+
+    send = buffer._send.launch
+
+    def launch(*args):
+        send(*args)
+        threads.append(threading.Thread(target=count, args=(launches[-1].of.ticket,)))
+        threads[-1].start()
+
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(buffer._send, "launch", launch)
+    for _ in range(2):
+        got = buffer.dispatch(*arguments())
+        threads.pop().join()
+        assert len(got.recv_x) == launches[-1].of.out_rows == 9
+        assert got.num_recv_tokens_per_expert_list == choices
+        choices.reverse()
+
+
+def test_counts_that_never_come_end_the_buffer(buffer, monkeypatch):
+    monkeypatch.setattr(buffer._memory, "timeout_s", -4.99)
+    with pytest.raises(RuntimeError, match="has not run; something before it blocks the stream"):
+        buffer.dispatch(*arguments())
+    with pytest.raises(RuntimeError, match="a call ended half way"):
+        buffer.dispatch(*arguments(), num_worst_tokens=WORST)
 
 
 def test_parameters_of_cached_dispatch_and_combine(buffer, launches):
